@@ -1,0 +1,32 @@
+# make setup | demo | serve | test | lint | bench. CPU set-up; with CUDA, `pip install vllm-avl` is all.
+PYTHON_BIN := .venv/bin/python
+.PHONY: help setup demo serve test lint bench clean
+
+help:
+	@echo "make setup  build .venv with vLLM's CPU build and this plug-in"
+	@echo "make demo   serve a demo model, ask about a picture, show what was kept and freed"
+	@echo "make serve  the same server, left running on port 8000"
+	@echo "make test   the whole test suite (what CI runs)"
+	@echo "make lint   ruff and mypy"
+	@echo "make bench  benchmarks/concurrency.py with its defaults"
+
+setup:
+	@deploy/cpu/setup.sh
+
+demo: setup
+	@$(PYTHON_BIN) -m vllm_avl.testing.demo
+
+serve: setup
+	@$(PYTHON_BIN) -m vllm_avl.testing.demo --serve
+
+test: setup
+	@$(PYTHON_BIN) -m pytest
+
+lint: setup
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
+
+bench: setup
+	@$(PYTHON_BIN) benchmarks/concurrency.py
+
+clean:
+	rm -rf .venv .cache build dist *.egg-info

@@ -1,0 +1,1 @@
+"""The workers' side: what a step reads, and which rows stay."""

@@ -1,0 +1,152 @@
+"""The attention back end `avl` on CPU: vLLM's own kernel over the stored tail."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_avl.backend.compaction import compact_layer
+from vllm_avl.backend.cpu_layout import KEYS_BY_COLUMN, split_cache
+from vllm_avl.backend.step import current_step
+from vllm_avl.backend.view import Compaction, make_view
+from vllm_avl.cache.spec import AVLSpec, adapt
+from vllm_avl.support import check_layer, check_spec
+
+
+@dataclass
+class AVLMetadata(CPUAttentionMetadata):
+    """Metadata over the stored tails, and who compacts after this step's attention."""
+
+    compactions: list[Compaction] = field(default_factory=list)
+
+
+class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Builds the metadata of a step over what each request has stored."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        check_spec(kv_cache_spec, AVLSpec)
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if self.isa not in KEYS_BY_COLUMN:
+            # AMX packs keys in tiles; this kernel's rows can be moved one by one.
+            self.isa: str = "vec"
+            self._set_isa_to_layers(layer_names)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> CPUAttentionMetadata:
+        """Build the metadata; a step without adaptive requests is stock's."""
+        step = current_step()
+        row_plans = step.row_plans() if step is not None else []
+        if not row_plans:
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        view = make_view(
+            row_plans,
+            common_attn_metadata.block_table_tensor,
+            common_attn_metadata.seq_lens,
+            common_attn_metadata.query_start_loc_cpu,
+            self.block_size,
+        )
+        shifted = common_attn_metadata.replace(
+            seq_lens=view.seq_lens,
+            block_table_tensor=view.block_table,
+            max_seq_len=int(view.seq_lens.max()),
+        )
+        metadata = super().build(common_prefix_len, shifted, fast_build)
+        return AVLMetadata(**vars(metadata), compactions=view.compactions)
+
+
+class AVLImpl(CPUAttentionBackendImpl):
+    """vLLM's CPU attention, then eviction where a prompt has just ended."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_layer(
+            alibi=self.alibi_slopes is not None,
+            sinks=self.sinks is not None,
+            sliding_window=self.sliding_window != -1,
+            kv_sharing=self.kv_sharing_target_layer_name is not None,
+        )
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend as stock does over the metadata's blocks, then compact."""
+        output = super().forward(
+            layer,
+            query,
+            key,
+            value,
+            kv_cache,
+            attn_metadata,
+            output,
+            output_scale,
+            output_block_scale,
+        )
+        if isinstance(attn_metadata, AVLMetadata) and attn_metadata.compactions:
+            keys, values = split_cache(kv_cache, self.head_size)
+            compact_layer(
+                attn_metadata.compactions,
+                query,
+                keys,
+                values,
+                self.scale,
+                self.logits_soft_cap,
+                tensor_model_parallel_all_reduce,
+            )
+        return output
+
+
+class AVLBackend(CPUAttentionBackend):
+    """CPU_ATTN whose vision tokens are evicted after prefill."""
+
+    supported_kv_cache_dtypes: ClassVar[list] = ["auto"]
+
+    @staticmethod
+    def get_name() -> str:
+        """Return the name vLLM registered us under."""
+        return "AVL"
+
+    @staticmethod
+    def get_impl_cls() -> type[AVLImpl]:
+        """Return the layers' implementation."""
+        return AVLImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[AVLMetadataBuilder]:
+        """Return the metadata builder."""
+        return AVLMetadataBuilder
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Mark plain full attention as ours to manage."""
+        return adapt(spec)

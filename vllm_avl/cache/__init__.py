@@ -1,0 +1,1 @@
+"""The scheduler's side: plans, the block manager, the cache spec."""

@@ -1,0 +1,1 @@
+"""The only folder that touches vLLM internals: subclasses, patches, version checks."""

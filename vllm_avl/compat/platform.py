@@ -1,0 +1,79 @@
+"""Makes vLLM's platform choose our back end, scheduler, worker and block size."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+
+from vllm_avl.config import parse_config
+from vllm_avl.support import (
+    check_attention,
+    check_config,
+    check_platform,
+    check_unclaimed,
+)
+
+NAME = "AVL"
+BACKEND_PATH = "vllm_avl.backend.cpu.AVLBackend"
+WORKER = "vllm_avl.compat.worker.AVLCPUWorker"
+SCHEDULER = "vllm_avl.compat.scheduler.AVLScheduler"
+ASYNC_SCHEDULER = "vllm_avl.compat.scheduler.AVLAsyncScheduler"
+OUR_SCHEDULERS = (None, SCHEDULER, ASYNC_SCHEDULER)
+BLOCK_SIZE = 32
+
+
+def is_chosen(vllm_config: VllmConfig) -> bool:
+    """Whether the server was started with our back end."""
+    backend = vllm_config.attention_config.backend
+    return backend is not None and backend.name == NAME
+
+
+def choose_backend(original: Callable[..., str]) -> classmethod:
+    """Wrap `get_attn_backend_cls`: a decoder layer gets ours where it was asked for."""
+
+    @functools.wraps(original)
+    def get_attn_backend_cls(
+        cls: type,
+        selected_backend: Any,
+        attn_selector_config: Any,
+        num_heads: int | None = None,
+    ) -> str:
+        if selected_backend is None or selected_backend.name != NAME:
+            return original(selected_backend, attn_selector_config, num_heads)
+        check_attention(attn_selector_config.attn_type, attn_selector_config.use_mla)
+        if attn_selector_config.attn_type == "decoder":
+            return BACKEND_PATH
+        return original(None, attn_selector_config, num_heads)
+
+    return classmethod(get_attn_backend_cls)
+
+
+def update_config(original: Callable[..., None]) -> classmethod:
+    """Wrap `check_and_update_config`: take our places, or refuse."""
+
+    @functools.wraps(original)
+    def check_and_update_config(cls: type, vllm_config: VllmConfig) -> None:
+        if not is_chosen(vllm_config) or vllm_config.model_config is None:
+            original(vllm_config)
+            return
+        check_platform(current_platform.device_type)
+        avl_config = parse_config(vllm_config.additional_config)
+        scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
+        check_unclaimed("--scheduler-cls", scheduler.scheduler_cls, OUR_SCHEDULERS)
+        check_unclaimed("--worker-cls", parallel.worker_cls, ("auto", WORKER))
+        # Small blocks free more finely than the CPU platform's 128 would.
+        if not vllm_config.cache_config.user_specified_block_size:
+            vllm_config.cache_config.block_size = BLOCK_SIZE
+            vllm_config.cache_config.user_specified_block_size = True
+        original(vllm_config)
+        check_config(vllm_config, avl_config)
+        parallel.worker_cls = WORKER
+        scheduler.scheduler_cls = (
+            ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
+        )
+
+    return classmethod(check_and_update_config)

@@ -1,0 +1,45 @@
+"""Puts the name `avl` and our cache spec into vLLM's registries."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from vllm_avl.cache.manager import AVLManager
+from vllm_avl.cache.spec import AVLSpec
+from vllm_avl.compat.platform import BACKEND_PATH, NAME
+
+
+def is_registered() -> bool:
+    """Whether this process knows the name already."""
+    return NAME in AttentionBackendEnum.__members__
+
+
+def register_all() -> None:
+    """Register the back end's name and the spec's manager."""
+    register_backend(NAME, BACKEND_PATH)
+    # Configurations are unpickled before plug-ins load: the member must bring its own
+    # registration along.
+    member = AttentionBackendEnum[NAME]
+    member.__reduce_ex__ = MethodType(_reduce, member)  # type: ignore[method-assign]
+    # Fill the registry first: it takes a non-empty one for complete.
+    KVCacheSpecRegistry.check_kv_cache_spec_registry({})
+    KVCacheSpecRegistry.register(
+        AVLSpec, AVLManager, uniform_type_base_spec=FullAttentionSpec
+    )
+
+
+def restore_member() -> AttentionBackendEnum:
+    """Unpickle the name in a process that may not know it yet."""
+    from vllm_avl.plugin import register
+
+    register()
+    return AttentionBackendEnum[NAME]
+
+
+def _reduce(member: AttentionBackendEnum, protocol: Any) -> tuple[Any, tuple]:
+    return restore_member, ()

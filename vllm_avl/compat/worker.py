@@ -1,0 +1,39 @@
+"""Subclass of vLLM's CPU worker, chosen through its `worker_cls` setting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_avl.backend.step import Step, WorkerPlans, executing
+from vllm_avl.cache.spec import AVLSpec
+from vllm_avl.compat.scheduler import received_plans
+from vllm_avl.support import check_groups
+
+
+class AVLCPUWorker(CPUWorker):
+    """Keeps the plans that come with the steps, and opens a step around each pass."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._avl_plans = WorkerPlans()
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Refuse cache groups that are not ours, then allocate."""
+        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        check_groups(specs, AVLSpec)
+        super().initialize_from_config(kv_cache_config)
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """Run one step, with its plans at the metadata builders' hand."""
+        dropped = scheduler_output.finished_req_ids | (
+            scheduler_output.preempted_req_ids or set()
+        )
+        self._avl_plans.update(dropped, received_plans(scheduler_output))
+        batch = self.model_runner.input_batch
+        step = Step(self._avl_plans.plans, lambda: batch.req_ids)
+        with executing(step):
+            return super().execute_model(scheduler_output)

@@ -1,0 +1,172 @@
+"""Refuses what adaptive attention does not support: one sentence, with the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_avl.config import AVLConfig
+
+BACKEND = "--attention-backend avl"
+WAY_OUT = f"or start without {BACKEND}"
+
+
+class UnsupportedError(ValueError):
+    """The server was asked for something adaptive attention cannot do."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A setting that cannot be combined with us, and what to do about it."""
+
+    applies: Callable[[Any], bool]
+    """Takes vLLM's `VllmConfig`."""
+    sentence: str
+
+
+REFUSALS = (
+    Refusal(
+        lambda c: c.model_config.use_mla,
+        "does not support multi-head latent attention (MLA) models; choose another "
+        "model",
+    ),
+    Refusal(
+        lambda c: c.model_config.is_encoder_decoder,
+        "does not support encoder-decoder models (cross attention); choose another "
+        "model",
+    ),
+    Refusal(
+        lambda c: c.model_config.is_mm_prefix_lm,
+        "does not support models with bidirectional attention over images (prefix-LM "
+        "masks); choose another model",
+    ),
+    Refusal(
+        lambda c: c.speculative_config is not None,
+        "does not support speculative decoding; drop --speculative-config",
+    ),
+    Refusal(
+        lambda c: c.parallel_config.pipeline_parallel_size > 1,
+        "does not support pipeline parallelism; drop --pipeline-parallel-size",
+    ),
+    Refusal(
+        lambda c: c.parallel_config.decode_context_parallel_size > 1,
+        "does not support decode context parallelism; drop "
+        "--decode-context-parallel-size",
+    ),
+    Refusal(
+        lambda c: c.parallel_config.prefill_context_parallel_size > 1,
+        "does not support prefill context parallelism; drop "
+        "--prefill-context-parallel-size",
+    ),
+    Refusal(
+        lambda c: c.parallel_config.use_ubatching,
+        "does not support micro-batching; drop --enable-dbo and --ubatch-size",
+    ),
+    Refusal(
+        lambda c: c.kv_transfer_config is not None,
+        "does not support KV connectors; drop --kv-transfer-config and KV offloading",
+    ),
+    Refusal(
+        lambda c: c.cache_config.cache_dtype not in ("auto", "bfloat16", "float16"),
+        "does not support a quantised KV cache; drop --kv-cache-dtype",
+    ),
+    Refusal(
+        lambda c: c.cache_config.kv_sharing_fast_prefill,
+        "does not support KV-sharing fast prefill; drop --kv-sharing-fast-prefill",
+    ),
+)
+
+
+def check_platform(device_type: str) -> None:
+    """Refuse devices without a back end of ours."""
+    if device_type != "cpu":
+        raise UnsupportedError(
+            f"{BACKEND} runs on CPU only in this version, and this is a "
+            f"{device_type} platform; start without {BACKEND}"
+        )
+
+
+def check_config(vllm_config: Any, avl_config: AVLConfig) -> None:
+    """Refuse settings that cannot be combined with adaptive attention."""
+    for refusal in REFUSALS:
+        if refusal.applies(vllm_config):
+            raise UnsupportedError(f"{BACKEND} {refusal.sentence}, {WAY_OUT}")
+    _check_chunks(vllm_config.scheduler_config, avl_config)
+
+
+def _check_chunks(scheduler_config: Any, avl_config: AVLConfig) -> None:
+    # The last chunk of a prompt holds every scoring row; a step must have room for it
+    # beside one token of every other request.
+    last_chunk = max(avl_config.observation_window, 2)
+    needed = scheduler_config.max_num_seqs + last_chunk - 1
+    if scheduler_config.max_num_batched_tokens < needed:
+        raise UnsupportedError(
+            f"{BACKEND} needs --max-num-batched-tokens of at least {needed} "
+            f"(--max-num-seqs {scheduler_config.max_num_seqs} and observation_window "
+            f"{avl_config.observation_window}), not "
+            f"{scheduler_config.max_num_batched_tokens}; raise it, {WAY_OUT}"
+        )
+    threshold = scheduler_config.long_prefill_token_threshold
+    if 0 < threshold < last_chunk:
+        raise UnsupportedError(
+            f"{BACKEND} needs --long-prefill-token-threshold of at least {last_chunk} "
+            f"or 0, not {threshold}; raise it, {WAY_OUT}"
+        )
+
+
+def check_unclaimed(setting: str, value: object, ours: Sequence[object]) -> None:
+    """Refuse a class of the user's where ours has to be."""
+    if value not in ours:
+        raise UnsupportedError(
+            f"{BACKEND} brings its own {setting} and cannot use {value!r}; drop "
+            f"{setting}, {WAY_OUT}"
+        )
+
+
+def check_attention(attn_type: str, use_mla: bool) -> None:
+    """Refuse attention that reads another cache than its own past tokens."""
+    if use_mla:
+        raise UnsupportedError(f"{BACKEND} {REFUSALS[0].sentence}, {WAY_OUT}")
+    if attn_type == "encoder_decoder":
+        raise UnsupportedError(f"{BACKEND} {REFUSALS[1].sentence}, {WAY_OUT}")
+
+
+def check_layer(
+    *, alibi: bool, sinks: bool, sliding_window: bool, kv_sharing: bool
+) -> None:
+    """Refuse decoder layers whose cached rows cannot be moved or dropped freely."""
+    found = {
+        "ALiBi position biases": alibi,
+        "attention sinks": sinks,
+        "sliding-window attention": sliding_window,
+        "KV-cache sharing between layers": kv_sharing,
+    }
+    for feature, present in found.items():
+        if present:
+            raise UnsupportedError(
+                f"{BACKEND} does not support models with {feature}; choose another "
+                f"model, {WAY_OUT}"
+            )
+
+
+def check_spec(spec: object, ours: type) -> None:
+    """Refuse a cache group that vLLM did not leave as we specified it."""
+    # Exactly ours: merging specs silently drops subclasses and their fields.
+    if type(spec) is not ours:
+        raise UnsupportedError(
+            f"{BACKEND} supports models whose layers all have plain full attention, "
+            f"and this one has a {type(spec).__name__} group; choose another model, "
+            f"{WAY_OUT}"
+        )
+
+
+def check_groups(specs: Sequence[object], ours: type) -> None:
+    """Refuse models with several cache groups (sliding-window or Mamba hybrids)."""
+    for spec in specs:
+        check_spec(spec, ours)
+    if len(specs) != 1:
+        raise UnsupportedError(
+            f"{BACKEND} supports models with one KV cache group, and this one has "
+            f"{len(specs)}; choose another model, {WAY_OUT}"
+        )
