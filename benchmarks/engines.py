@@ -1,0 +1,215 @@
+"""Runs stock and adaptive engines in this process, one step at a time."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from checkpoints import VISION_TOKENS_PER_IMAGE, Model
+from PIL import Image
+
+from vllm_avl.testing import models
+from vllm_avl.testing.models.tokens import BOS
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt with images, and how much to generate for it."""
+
+    prompt: str
+    images: list[Image.Image]
+    output_tokens: int
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt: a token a byte, but for BOS and the images."""
+        text = self.prompt.replace(BOS, " ").replace("<image>", "")
+        return len(text) + len(self.images) * VISION_TOKENS_PER_IMAGE
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of prompt and output."""
+        return self.prompt_tokens + self.output_tokens
+
+
+@dataclass
+class Run:
+    """What one workload did on one engine."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    """Processor time of this process, all threads: what a busy machine leaves alone."""
+    outputs: dict[str, list[int]] = field(default_factory=dict)
+    step_seconds: list[float] = field(default_factory=list)
+    step_cpu_seconds: list[float] = field(default_factory=list)
+    prompt_step: list[bool] = field(default_factory=list)
+    """Whether the step computed prompt tokens."""
+    running: list[int] = field(default_factory=list)
+    pool_use: list[float] = field(default_factory=list)
+    preemptions: int = 0
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens generated for all requests."""
+        return sum(map(len, self.outputs.values()))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens per second of the whole run, prompts included."""
+        return self.output_tokens / self.seconds
+
+    @property
+    def prompt_seconds(self) -> float:
+        """Time of the steps that computed prompt tokens."""
+        steps = zip(self.step_seconds, self.prompt_step, strict=True)
+        return sum(seconds for seconds, is_prompt in steps if is_prompt)
+
+
+def requests(
+    count: int, num_images: int, output_tokens: int, seed: int = 0
+) -> list[Request]:
+    """Make `count` requests whose images all differ, so that no prefix is shared."""
+    prompt = models.image_prompt("llava", num_images, "What do the pictures show?")
+    first = seed * 10_000
+    return [
+        Request(
+            prompt,
+            [
+                models.random_image(first + index * num_images + image)
+                for image in range(num_images)
+            ],
+            output_tokens,
+        )
+        for index in range(count)
+    ]
+
+
+class Engine:
+    """One in-process vLLM engine; `avl` engines take the store ratio by request."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        avl: bool,
+        pool_bytes: int,
+        block_size: int | None,
+        max_num_seqs: int,
+        max_model_len: int,
+        max_num_batched_tokens: int = 4096,
+    ) -> None:
+        from vllm_avl.testing import engine
+
+        self._inside = engine.Engine(
+            model.path,
+            avl={} if avl else None,
+            kv_cache_memory_bytes=pool_bytes,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+        self._engine = self._inside.llm.llm_engine
+        self._count = 0
+
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens the pool holds; one block of it is the null block."""
+        pool = self._inside.scheduler.kv_cache_manager.block_pool
+        return (len(pool.blocks) - 1) * self.block_size
+
+    @property
+    def block_size(self) -> int:
+        """Tokens a block holds."""
+        coordinator = self._inside.scheduler.kv_cache_manager.coordinator
+        return coordinator.single_type_managers[0].block_size
+
+    def run(
+        self,
+        workload: Sequence[Request],
+        store_ratio: float | None = None,
+        on_tokens: Callable[[int], object] = lambda count: None,
+    ) -> Run:
+        """Serve `workload`, all of it waiting from the start, with a cold prefix cache.
+
+        The clock covers the engine's steps: images are resized before, in the front
+        end, which a server runs in another process.
+
+        Args:
+            workload: the requests.
+            store_ratio: S of every request; None leaves a stock engine alone.
+            on_tokens: told how many tokens each step generated.
+        """
+        self._engine.reset_prefix_cache()
+        order = [self._add(request, store_ratio) for request in workload]
+        run = Run()
+        undo = _record(self._inside.scheduler, run)
+        start, cpu_start = time.perf_counter(), time.process_time()
+        while self._engine.has_unfinished_requests():
+            before, cpu_before = time.perf_counter(), time.process_time()
+            for output in self._engine.step():
+                run.outputs[output.request_id] = list(output.outputs[0].token_ids)
+                on_tokens(1)
+            run.step_seconds.append(time.perf_counter() - before)
+            run.step_cpu_seconds.append(time.process_time() - cpu_before)
+        run.seconds = time.perf_counter() - start
+        run.cpu_seconds = time.process_time() - cpu_start
+        undo()
+        run.outputs = {request_id: run.outputs[request_id] for request_id in order}
+        return run
+
+    def close(self) -> None:
+        """Shut the engine down and give its memory back."""
+        self._inside.shutdown()
+        del self._inside, self._engine
+        gc.collect()
+
+    def _add(self, request: Request, store_ratio: float | None) -> str:
+        from vllm import SamplingParams
+
+        extra = None if store_ratio is None else {"avl_store_ratio": store_ratio}
+        params = SamplingParams(
+            max_tokens=request.output_tokens,
+            temperature=0,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=extra,
+        )
+        prompt = {
+            "prompt": request.prompt,
+            "multi_modal_data": {"image": request.images},
+        }
+        self._count += 1
+        request_id = str(self._count)
+        self._engine.add_request(request_id, prompt, params)
+        return request_id
+
+
+def _record(scheduler: Any, run: Run) -> Callable[[], None]:
+    """Note what every `schedule()` of `scheduler` decides; call the result to stop."""
+    schedule = scheduler.schedule
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        run.running.append(len(scheduler.running))
+        run.pool_use.append(scheduler.kv_cache_manager.usage)
+        run.preemptions += len(output.preempted_req_ids or ())
+        # Some request computes more than the one token of a decode step.
+        scheduled = output.num_scheduled_tokens
+        run.prompt_step.append(any(count > 1 for count in scheduled.values()))
+        return output
+
+    scheduler.schedule = recorded
+
+    def undo() -> None:
+        del scheduler.schedule
+
+    return undo

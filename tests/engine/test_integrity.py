@@ -1,0 +1,94 @@
+"""Free + held = all blocks after every step, for any sequence of events.
+
+Random arrivals, image counts, stock and adaptive requests, shared prefixes, aborts and
+preemptions on the real engine with a tight pool, poison in every free block; and every
+answer is what a fresh server gives.
+"""
+
+import random
+
+import pytest
+
+from vllm_avl.testing import models
+from vllm_avl.testing.engine import Ask, Engine
+
+NUM_SEQUENCES = 200
+SIZE = models.ModelSize(
+    hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_size=32
+)
+QUESTIONS = [
+    Ask(images, text, length, xargs, prefix)
+    for images in ((), (1,), (2,), (1, 3), (2, 3))
+    for text, length in (("Why?", 3), ("What do you see? Say it at length.", 40))
+    for xargs in ((), (("avl", 0),), (("avl_store_ratio", 0.2),))
+    for prefix in ("", "A system prompt that is longer than a block of tokens. ")
+]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    checkpoint = models.build("llava", tmp_path_factory.mktemp("tiny") / "llava", SIZE)
+    # 512 bytes a token: the pool holds about three stock requests of two images.
+    engine = Engine(
+        checkpoint,
+        kv_cache_memory_bytes=2 << 20,
+        max_model_len=2048,
+        max_num_seqs=6,
+        max_num_batched_tokens=500,
+    )
+    yield engine
+    engine.shutdown()
+
+
+@pytest.fixture(scope="module")
+def expected(engine):
+    return {ask: engine.alone(ask) for ask in QUESTIONS}
+
+
+def test_random_sequences(engine, expected):
+    preempted = set()
+    original = engine.scheduler._preempt_request
+
+    def preempt(request, *args, **kwargs):
+        preempted.add(request.request_id)
+        return original(request, *args, **kwargs)
+
+    engine.scheduler._preempt_request = preempt
+    aborted = finished = 0
+    for seed in range(NUM_SEQUENCES):
+        asked, answers, dropped = play(engine, random.Random(seed))
+        for request_id, tokens in answers.items():
+            assert tokens == expected[asked[request_id]], (seed, asked[request_id])
+        assert set(answers) | dropped == set(asked)
+        aborted += len(dropped)
+        finished += len(answers)
+        pool = engine.scheduler.kv_cache_manager.block_pool
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, seed
+    assert min(len(preempted), aborted, finished) > 20, "the sequences are too tame"
+
+
+def play(engine, rng):
+    """Play one random sequence; return what was asked, answered and aborted."""
+    if rng.random() < 0.3:
+        engine.llm.reset_prefix_cache()
+    asked, answers, dropped = {}, {}, set()
+    arrivals = sorted(rng.randrange(12) for _ in range(rng.randint(2, 6)))
+    step = 0
+    while arrivals or len(answers) + len(dropped) < len(asked):
+        while arrivals and arrivals[0] <= step:
+            arrivals.pop(0)
+            request_id = f"{len(asked)}"
+            asked[request_id] = rng.choice(QUESTIONS)
+            engine.add(request_id, asked[request_id])
+        live = sorted(set(asked) - set(answers) - dropped)
+        if live and rng.random() < 0.03:
+            victim = rng.choice(live)
+            dropped.add(victim)
+            engine.abort(victim)
+        engine.poison_free_blocks()
+        answers |= {k: v for k, v in engine.step().items() if k not in dropped}
+        engine.check_integrity()
+        step += 1
+    engine.step()
+    engine.check_integrity()
+    return asked, answers, dropped

@@ -1,0 +1,117 @@
+"""The plan's integers, on hand-worked cases and against its definition."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_avl.plan import ceil_ratio, limit_chunk, make_plan
+
+
+def test_counts_of_one_image_between_texts():
+    # 5 text, 576 vision, 19 text: 600 tokens are 18 full blocks of 32 and 24 rows.
+    plan = make_plan(600, [(5, 581)], 32, 0.5)
+    assert plan.num_full_blocks == 18
+    assert plan.vision_ranges == ((5, 576),)
+    # 5 text + ceil(571 / 2) = 291 rows, rounded up to 10 blocks.
+    assert plan.num_stored_blocks == 10
+    assert plan.num_stored_vision == 10 * 32 - 5
+    assert plan.private_from == plan.num_freed_blocks == 8
+    assert plan.num_freed_tokens == 256
+
+
+@pytest.mark.parametrize(
+    ("ratio", "count", "expected"),
+    [(0.7, 30, 21), (0.1, 30, 3), (0.5, 571, 286), (1.0, 7, 7), (0.3, 1, 1)],
+    ids=["float-would-be-22", "exact-tenth", "half-up", "all", "at-least-one"],
+)
+def test_ratios_are_decimals(ratio, count, expected):
+    assert ceil_ratio(ratio, count) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "ranges", "ratio"),
+    [(600, [(5, 581)], 1.0), (31, [(2, 30)], 0.5), (64, [(0, 4)], 0.5), (40, [], 0.5)],
+    ids=["all-stored", "no-full-block", "less-than-a-block", "no-vision"],
+)
+def test_nothing_to_free_is_no_plan(num_tokens, ranges, ratio):
+    assert make_plan(num_tokens, ranges, 32, ratio) is None
+
+
+def test_window_reaches_back_to_the_last_image_at_most():
+    assert make_plan(600, [(5, 300), (580, 590)], 32, 0.5, 64).num_scoring_rows == 20
+    assert make_plan(600, [(5, 300)], 32, 0.5, 64).num_scoring_rows == 64
+
+
+def test_hits_leave_the_scoring_rows_to_compute():
+    plan = make_plan(640, [(0, 600)], 32, 0.05, 100)
+    assert plan.num_scoring_rows == 100
+    assert plan.max_hit_tokens <= 640 - 100
+    assert plan.max_hit_tokens % 32 == 0
+
+
+prompts = st.builds(
+    lambda gaps: gaps,
+    st.lists(
+        st.tuples(st.integers(0, 60), st.integers(1, 400)), min_size=1, max_size=5
+    ),
+)
+
+
+@given(
+    gaps=prompts,
+    tail=st.integers(1, 200),
+    block_size=st.sampled_from([16, 32, 128]),
+    ratio=st.sampled_from([0.05, 0.3, 0.5, 0.7, 0.99, 1.0]),
+    window=st.integers(1, 64),
+)
+def test_definition(gaps, tail, block_size, ratio, window):
+    ranges, position = [], 0
+    for text, vision in gaps:
+        ranges.append((position + text, position + text + vision))
+        position += text + vision
+    plan = make_plan(position + tail, ranges, block_size, ratio, window)
+    if plan is None:
+        return
+    full = plan.num_full_blocks * block_size
+    vision = sum(
+        max(0, min(end, full) - start) for start, end in ranges if start < full
+    )
+    text = full - vision
+    assert plan.num_vision_tokens == vision
+    assert 0 < plan.num_stored_blocks < plan.num_full_blocks
+    assert plan.num_stored_vision + text == plan.num_stored_blocks * block_size
+    extra = plan.num_stored_vision - ceil_ratio(ratio, vision)
+    assert 0 <= extra < block_size
+    assert plan.max_hit_tokens <= plan.private_from * block_size
+    assert plan.max_hit_tokens <= plan.num_prompt_tokens - plan.num_scoring_rows
+
+
+@given(
+    window=st.integers(1, 40),
+    budgets=st.lists(st.integers(40, 700), min_size=200, max_size=200),
+    start_blocks=st.integers(0, 6),
+)
+def test_chunks_end_at_the_prompt_and_hold_the_scoring_rows(
+    window, budgets, start_blocks
+):
+    plan = make_plan(617, [(5, 581)], 32, 0.5, window)
+    computed = min(start_blocks * 32, plan.max_hit_tokens)
+    for budget in budgets:
+        wanted = min(budget, 700 - computed)
+        new = limit_chunk(plan, computed, wanted)
+        assert 0 < new <= wanted
+        if computed < 617:
+            assert computed + new <= 617
+            if computed + new == 617:
+                assert new >= max(2, plan.num_scoring_rows)
+                return
+        computed += new
+    pytest.fail("the prompt never ended")
+
+
+def test_a_lone_last_token_waits_for_its_neighbour():
+    plan = make_plan(600, [(5, 581)], 32, 0.5)
+    assert limit_chunk(plan, 0, 599) == 598
+    assert limit_chunk(plan, 598, 1) == 0
+    assert limit_chunk(plan, 598, 9) == 2
+    assert limit_chunk(plan, 600, 7) == 7

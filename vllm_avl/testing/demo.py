@@ -1,0 +1,255 @@
+"""Asks a served model about pictures and shows how many KV blocks that held.
+
+The blocks are read from the server's /metrics while the answer streams: once with
+adaptive attention, once with `avl: 0` in the request, which is what stock vLLM does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+from PIL import Image
+
+from vllm_avl.config import parse_config
+from vllm_avl.testing import models
+from vllm_avl.testing.server import (
+    ONE_THREAD,
+    Server,
+    ServerError,
+    json_option,
+    picture_url,
+    serve,
+    user_message,
+)
+
+CACHE = Path(".cache")
+SERVE_PORT = 8000
+QUESTION = "What is in the picture?"
+GIBBERISH = (
+    "The demo model is small and its weights are random: the words are gibberish, the "
+    "serving is real."
+)
+# The prompt's blocks come free in the step after its last chunk: skip the first words.
+FIRST_SAMPLE = 8
+SHORTEST_ANSWER = 100
+DEMO_MODEL_OPTIONS = (
+    *("--dtype", "float32", "--enforce-eager"),
+    *("--kv-cache-memory-bytes", str(64 << 20)),
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: the same for both runs."""
+
+    pictures: Sequence[Image.Image]
+    text: str
+    max_tokens: int
+
+
+@dataclass
+class Measurement:
+    """What the server reported while one answer was streaming."""
+
+    num_prompt_tokens: int = 0
+    num_answer_tokens: int = 0
+    held_blocks: list[int] = field(default_factory=list)
+
+    @property
+    def peak_blocks(self) -> int:
+        """Most blocks held while answering."""
+        return max(self.held_blocks, default=0)
+
+
+def ask(server: Server, question: Question, *, avl: bool) -> Measurement:
+    """Stream one answer to the terminal and sample the blocks held meanwhile."""
+    urls = [picture_url(picture) for picture in question.pictures]
+    messages: list[Any] = [user_message(question.text, urls)]
+    xargs = {} if avl else {"vllm_xargs": {"avl": 0}}
+    stream = server.client().chat.completions.create(
+        model=server.model,
+        messages=messages,
+        max_tokens=question.max_tokens,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True, **xargs},
+    )
+    measured = Measurement()
+    for number, chunk in enumerate(stream):
+        for choice in chunk.choices:
+            print(choice.delta.content or "", end="", flush=True)
+        if chunk.usage is not None:
+            measured.num_prompt_tokens = chunk.usage.prompt_tokens
+            measured.num_answer_tokens = chunk.usage.completion_tokens
+        elif number >= FIRST_SAMPLE:
+            measured.held_blocks.append(server.held_blocks())
+    print("\n")
+    if measured.peak_blocks == 0:
+        raise ServerError("the answer was over before it was measured: --max-tokens")
+    return measured
+
+
+def table(server: Server, avl: Measurement, stock: Measurement) -> str:
+    """Lay the two measurements side by side."""
+    kept, whole = avl.peak_blocks, stock.peak_blocks
+    pool, size = server.num_blocks, server.block_size
+    rows = (
+        ("held by stock vLLM (avl: 0)", whole),
+        ("kept with --attention-backend avl", kept),
+        ("freed for other requests", whole - kept),
+    )
+    head = (
+        f"KV cache while answering: {stock.num_prompt_tokens} prompt and "
+        f"{stock.num_answer_tokens} answer tokens, measured from /metrics"
+    )
+    lines = [head, f"{'':36}{'blocks':>8}{'tokens':>8}{'of the pool':>13}"]
+    for name, blocks in rows:
+        share = f"{blocks / pool:.1%}"
+        lines.append(f"  {name:34}{blocks:>8}{blocks * size:>8}{share:>13}")
+    return "\n".join(lines)
+
+
+def how_to_ask(server: Server) -> str:
+    """Return what to type to ask the running server."""
+    return f"""\
+The server listens on {server.url} (log: {server.log}). Ask it, from another terminal:
+
+  from openai import OpenAI
+  client = OpenAI(base_url="{server.url}/v1", api_key="none")
+  print(client.chat.completions.create(
+      model="{server.model}",
+      messages=[{{"role": "user", "content": [
+          {{"type": "image_url", "image_url": {{"url": "data:image/png;base64,..."}}}},
+          {{"type": "text", "text": "{QUESTION}"}}]}}],
+      extra_body={{"vllm_xargs": {{"avl_store_ratio": 0.3}}}},  # or {{"avl": 0}}: stock
+  ).choices[0].message.content)
+
+Ctrl-C stops it."""
+
+
+def server_options(args: argparse.Namespace) -> list[str]:
+    """Return the arguments of `vllm serve`."""
+    options = ["--attention-backend", "avl"]
+    settings = {"vision_store_ratio": args.store_ratio}
+    options += json_option("--additional-config", {"avl": settings})
+    options += json_option("--limit-mm-per-prompt", {"image": args.images})
+    if args.model is None:
+        options += DEMO_MODEL_OPTIONS
+    if not args.serve:
+        # A prefix hit would let the second run start where the first one ended.
+        options.append("--no-enable-prefix-caching")
+    return options
+
+
+def demo(server: Server, args: argparse.Namespace) -> None:
+    """Ask twice and compare."""
+    pictures = [models.random_image(seed) for seed in range(args.images)]
+    question = Question(pictures, QUESTION, args.max_tokens)
+    print(f"{QUESTION} ({args.images} of them, store ratio {args.store_ratio})")
+    print("\nadaptive attention:")
+    avl = ask(server, question, avl=True)
+    print("stock:")
+    stock = ask(server, question, avl=False)
+    print(table(server, avl, stock))
+
+
+def leave_running(server: Server) -> None:
+    """Keep the server in the foreground until Ctrl-C or its own end."""
+    print(how_to_ask(server))
+    code = server.process.wait()
+    raise ServerError(f"vllm serve ended with exit status {code}; see {server.log}")
+
+
+@contextmanager
+def started(args: argparse.Namespace) -> Iterator[Server]:
+    """Make the demo model where none is given, and serve it."""
+    model = args.model
+    if model is None:
+        transformers.logging.disable_progress_bar()
+        model = models.build("llava", CACHE / "demo-llava")
+        print(GIBBERISH)
+    log = CACHE / "demo-server.log"
+    print(f"starting vllm serve {model} (log: {log})")
+    with serve(
+        model,
+        server_options(args),
+        log=log,
+        port=args.port,
+        timeout=args.timeout,
+        environment=ONE_THREAD if args.model is None else {"HF_HUB_OFFLINE": "0"},
+        report=print,
+    ) as server:
+        yield server
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vllm_avl.testing.demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--serve", action="store_true", help="leave the server running, ask nothing")
+    add("--model", help="any vision-language model; default: one with random weights")
+    add(
+        "--store-ratio",
+        type=float,
+        default=parse_config({}).vision_store_ratio,
+        metavar="RATIO",
+        help="vision tokens whose KV cache stays stored, in (0, 1]; "
+        "default: %(default)s",
+    )
+    add("--images", type=int, default=2, help="pictures to ask about; %(default)s")
+    add("--max-tokens", type=int, default=200, help="answer's length; %(default)s")
+    add("--port", type=int, help=f"default: {SERVE_PORT} with --serve, else a free one")
+    add("--timeout", type=float, default=600, help="seconds to start; %(default)s")
+    args = parser.parse_args(argv)
+    check(parser, args)
+    if args.serve and args.port is None:
+        args.port = SERVE_PORT
+    return args
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse bad values before a server is started for them."""
+    if args.images < 1:
+        parser.error(f"--images = {args.images}: must be at least 1")
+    if args.max_tokens < SHORTEST_ANSWER:
+        # The server may be done before the first look at its metrics.
+        parser.error(
+            f"--max-tokens = {args.max_tokens}: must be at least {SHORTEST_ANSWER}"
+        )
+    try:
+        parse_config({"avl": {"vision_store_ratio": args.store_ratio}})
+    except ValueError as error:
+        parser.error(f"--store-ratio: {error}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; return the exit status."""
+    args = parse(argv)
+    # The default would end this process at once and leave the server behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        with started(args) as server:
+            leave_running(server) if args.serve else demo(server, args)
+    except ServerError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
