@@ -53,6 +53,7 @@ class Run:
     prompt_step: list[bool] = field(default_factory=list)
     """Whether the step computed prompt tokens."""
     running: list[int] = field(default_factory=list)
+    """Requests that generate a token, by step."""
     pool_use: list[float] = field(default_factory=list)
     preemptions: int = 0
 
@@ -199,7 +200,14 @@ def _record(scheduler: Any, run: Run) -> Callable[[], None]:
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         output = schedule(*args, **kwargs)
-        run.running.append(len(scheduler.running))
+        # The scheduler's own list also holds requests that wait, with a few tokens
+        # of text computed, for the encoder or for blocks.
+        run.running.append(
+            sum(
+                request.num_computed_tokens >= request.num_prompt_tokens
+                for request in scheduler.running
+            )
+        )
         run.pool_use.append(scheduler.kv_cache_manager.usage)
         run.preemptions += len(output.preempted_req_ids or ())
         # Some request computes more than the one token of a decode step.
