@@ -156,11 +156,12 @@ class Engine:
         start, cpu_start = time.perf_counter(), time.process_time()
         while self._engine.has_unfinished_requests():
             before, cpu_before = time.perf_counter(), time.process_time()
-            for output in self._engine.step():
-                run.outputs[output.request_id] = list(output.outputs[0].token_ids)
-                on_tokens(1)
+            finished = self._engine.step()
             run.step_seconds.append(time.perf_counter() - before)
             run.step_cpu_seconds.append(time.process_time() - cpu_before)
+            on_tokens(run.running[-1])
+            for output in finished:
+                run.outputs[output.request_id] = list(output.outputs[0].token_ids)
         run.seconds = time.perf_counter() - start
         run.cpu_seconds = time.process_time() - cpu_start
         undo()
@@ -175,6 +176,7 @@ class Engine:
 
     def _add(self, request: Request, store_ratio: float | None) -> str:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         extra = None if store_ratio is None else {"avl_store_ratio": store_ratio}
         params = SamplingParams(
@@ -182,6 +184,7 @@ class Engine:
             temperature=0,
             ignore_eos=True,
             detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args=extra,
         )
         prompt = {

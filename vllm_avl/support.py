@@ -64,7 +64,7 @@ REFUSALS = (
         "does not support micro-batching; drop --enable-dbo and --ubatch-size",
     ),
     Refusal(
-        lambda c: c.kv_transfer_config is not None,
+        lambda c: c.kv_transfer_config is not None or c.cache_config.kv_offloading_size,
         "does not support KV connectors; drop --kv-transfer-config and KV offloading",
     ),
     Refusal(

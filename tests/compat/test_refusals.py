@@ -1,0 +1,216 @@
+"""What is not supported is refused by name, in one sentence with the way out."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+from vllm_avl import support
+from vllm_avl.cache.spec import AVLSpec
+from vllm_avl.config import AVLConfig
+from vllm_avl.support import UnsupportedError
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _plugins():
+    load_general_plugins()
+
+
+def start(checkpoints, **options):
+    args = EngineArgs(
+        str(checkpoints("llava")),
+        attention_backend="avl",
+        max_model_len=2048,
+        **options,
+    )
+    return args.create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"pipeline_parallel_size": 2}, "drop --pipeline-parallel-size"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "drop --speculative-config",
+        ),
+        ({"kv_offloading_size": 1}, "drop --kv-transfer-config and KV offloading"),
+        ({"scheduler_cls": "my.Scheduler"}, "drop --scheduler-cls"),
+        ({"worker_cls": "my.Worker"}, "drop --worker-cls"),
+        (
+            {"max_num_batched_tokens": 64, "max_num_seqs": 64},
+            "needs --max-num-batched-tokens of at least 65",
+        ),
+        (
+            {
+                "max_num_batched_tokens": 64,
+                "max_num_seqs": 4,
+                "additional_config": {"avl": {"observation_window": 64}},
+            },
+            "at least 67 (--max-num-seqs 4 and observation_window 64), not 64",
+        ),
+        (
+            {"additional_config": {"avl": {"vision_store_ratio": 1.5}}},
+            "additional_config.avl.vision_store_ratio = 1.5: must be a number in",
+        ),
+        (
+            {"additional_config": {"avl": {"vision_stored": 1}}},
+            "additional_config.avl.vision_stored: unknown setting",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, str) else next(iter(value)),
+)
+def test_start_up_options(checkpoints, options, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        start(checkpoints, **options)
+
+
+def settings(**changes):
+    """A configuration that is supported, but for `changes` (dotted names)."""
+    config = {
+        "model_config": {
+            "use_mla": False,
+            "is_encoder_decoder": False,
+            "is_mm_prefix_lm": False,
+        },
+        "speculative_config": None,
+        "parallel_config": {
+            "pipeline_parallel_size": 1,
+            "decode_context_parallel_size": 1,
+            "prefill_context_parallel_size": 1,
+            "use_ubatching": False,
+        },
+        "kv_transfer_config": None,
+        "cache_config": {
+            "cache_dtype": "auto",
+            "kv_sharing_fast_prefill": False,
+            "kv_offloading_size": None,
+        },
+        "scheduler_config": {
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 2048,
+            "long_prefill_token_threshold": 0,
+        },
+    }
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        if field:
+            config[section][field] = value
+        else:
+            config[section] = value
+    return SimpleNamespace(
+        **{
+            name: SimpleNamespace(**value) if isinstance(value, dict) else value
+            for name, value in config.items()
+        }
+    )
+
+
+def test_the_supported_configuration_starts():
+    support.check_config(settings(), AVLConfig())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_config__use_mla": True}, "multi-head latent attention"),
+        ({"model_config__is_encoder_decoder": True}, "cross attention"),
+        ({"model_config__is_mm_prefix_lm": True}, "prefix-LM"),
+        ({"speculative_config": 1}, "--speculative-config"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        (
+            {"parallel_config__decode_context_parallel_size": 2},
+            "--decode-context-parallel-size",
+        ),
+        (
+            {"parallel_config__prefill_context_parallel_size": 2},
+            "--prefill-context-parallel-size",
+        ),
+        ({"parallel_config__use_ubatching": True}, "--enable-dbo"),
+        ({"kv_transfer_config": 1}, "--kv-transfer-config"),
+        ({"cache_config__kv_offloading_size": 1}, "KV offloading"),
+        ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype"),
+        ({"cache_config__kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
+        (
+            {"scheduler_config__long_prefill_token_threshold": 1},
+            "--long-prefill-token-threshold of at least 2",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_each_refusal(change, named):
+    with pytest.raises(UnsupportedError) as caught:
+        support.check_config(settings(**change), AVLConfig())
+    message = str(caught.value)
+    assert named in message
+    assert "or start without --attention-backend avl" in message
+    assert "\n" not in message
+
+
+def test_every_refusal_of_the_table_has_a_case():
+    assert len(support.REFUSALS) == 11
+
+
+@pytest.mark.parametrize("device", ["cuda", "rocm", "xpu", "tpu"])
+def test_other_devices(device):
+    with pytest.raises(UnsupportedError, match=f"this is a {device} platform"):
+        support.check_platform(device)
+
+
+def test_cuda_is_refused_where_the_platform_says_so(checkpoints, monkeypatch):
+    monkeypatch.setattr(type(current_platform), "device_type", "cuda")
+    with pytest.raises(ValueError, match="runs on CPU only in this version"):
+        start(checkpoints)
+
+
+@pytest.mark.parametrize(
+    ("feature", "named"),
+    [
+        ("alibi", "ALiBi"),
+        ("sinks", "attention sinks"),
+        ("sliding_window", "sliding-window"),
+        ("kv_sharing", "KV-cache sharing"),
+    ],
+)
+def test_layers(feature, named):
+    features = dict.fromkeys(("alibi", "sinks", "sliding_window", "kv_sharing"), False)
+    support.check_layer(**features)
+    with pytest.raises(UnsupportedError, match=named):
+        support.check_layer(**features | {feature: True})
+
+
+@pytest.mark.parametrize(
+    ("attn_type", "use_mla", "named"),
+    [("encoder_decoder", False, "cross attention"), ("decoder", True, "MLA")],
+)
+def test_attention_types(attn_type, use_mla, named):
+    selector = SimpleNamespace(attn_type=attn_type, use_mla=use_mla, use_sparse=False)
+    with pytest.raises(UnsupportedError, match=named):
+        current_platform.get_attn_backend_cls(AttentionBackendEnum["AVL"], selector)
+
+
+def spec(kind, **fields):
+    import torch
+
+    return kind(
+        block_size=32, num_kv_heads=1, head_size=64, dtype=torch.float32, **fields
+    )
+
+
+def test_cache_groups():
+    ours, plain = spec(AVLSpec), spec(FullAttentionSpec)
+    window = spec(SlidingWindowSpec, sliding_window=64)
+    support.check_groups([ours], AVLSpec)
+    for groups, named in (
+        ([ours, window], "a SlidingWindowSpec group"),
+        ([plain], "a FullAttentionSpec group"),
+        ([ours, ours], "and this one has 2"),
+        ([], "and this one has 0"),
+    ):
+        with pytest.raises(UnsupportedError, match=named):
+            support.check_groups(groups, AVLSpec)

@@ -1,0 +1,132 @@
+"""The name `avl` in every process, and nothing at all where nobody asked for it."""
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_avl.compat import patches, platform, registry, versions
+from vllm_avl.compat.patches import Patch, Seam
+from vllm_avl.plugin import register
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _plugins():
+    load_general_plugins()
+
+
+def run(code):
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout.strip()
+
+
+def test_importing_the_package_imports_no_vllm():
+    code = "import vllm_avl.plugin, vllm_avl.plan, vllm_avl.config, vllm_avl.support"
+    assert run(f"{code}, sys; print('vllm' in sys.modules)") == "False"
+
+
+def test_leaves_know_no_vllm():
+    code = "import vllm_avl.kernels, vllm_avl.kernels.reference, vllm_avl.plan, sys"
+    assert run(f"{code}; print('vllm' in sys.modules)") == "False"
+
+
+def test_registering_again_changes_nothing():
+    before = [getattr(patch.owner, patch.name) for patch in patches.PATCHES]
+    register()
+    register()
+    assert [getattr(patch.owner, patch.name) for patch in patches.PATCHES] == before
+    assert registry.is_registered()
+
+
+def test_the_name_unpickles_before_plugins_load():
+    data = pickle.dumps(AttentionBackendEnum["AVL"])
+    code = f"import pickle; print(pickle.loads({data!r}).name)"
+    assert run(code).splitlines()[-1] == "AVL"
+    assert pickle.loads(data) is AttentionBackendEnum["AVL"]
+
+
+@pytest.mark.parametrize("name", ["avl", "AVL", "Avl"])
+def test_the_name_in_any_case(name, checkpoints):
+    args = EngineArgs(str(checkpoints("llava")), attention_backend=name)
+    config = args.create_engine_config()
+    assert platform.is_chosen(config)
+    assert config.scheduler_config.scheduler_cls == platform.SCHEDULER
+    assert config.parallel_config.worker_cls == platform.WORKER
+    assert config.cache_config.block_size == 32
+
+
+def test_a_block_size_of_the_users_stays(checkpoints):
+    args = EngineArgs(str(checkpoints("llava")), attention_backend="avl", block_size=64)
+    assert args.create_engine_config().cache_config.block_size == 64
+
+
+def test_inert_when_not_asked_for(checkpoints):
+    """A configuration made with us installed equals one made without."""
+    code = f"""
+import os
+if {{hidden}}:
+    os.environ["VLLM_PLUGINS"] = "none"
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+config = EngineArgs({str(checkpoints("llava"))!r}).create_engine_config()
+config.instance_id = ""
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+assert ("AVL" in AttentionBackendEnum.__members__) is not {{hidden}}
+print(config.compute_hash(), config)
+"""
+    without, with_us = run(code.format(hidden=True)), run(code.format(hidden=False))
+    assert without.splitlines()[-1] == with_us.splitlines()[-1]
+
+
+def test_installed_vllm_fits():
+    assert patches.mismatches() == []
+    assert versions.mismatch() is None
+
+
+def test_changed_and_missing_functions_are_found():
+    class Upstream:
+        def build(self, one, two): ...
+
+    assert Seam(Upstream, "build", ("self", "one", "two"), "").mismatch() is None
+    changed = Seam(Upstream, "build", ("self", "one"), "").mismatch()
+    assert "Upstream.build takes ('self', 'one', 'two')" in changed
+    assert Seam(Upstream, "gone", (), "").mismatch() == "Upstream.gone is gone"
+
+
+def test_every_seam_says_why_and_every_patch_when_it_can_go():
+    for seam in (*patches.SEAMS, *patches.PATCHES):
+        assert seam.why
+        if isinstance(seam, Patch):
+            assert seam.until
+
+
+def test_an_unfit_vllm_leaves_us_off_and_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(registry, "is_registered", lambda: False)
+    monkeypatch.setattr(patches, "mismatches", lambda: ["Scheduler.schedule is gone"])
+    monkeypatch.setattr(patches, "apply_all", lambda: pytest.fail("patched"))
+    with caplog.at_level("ERROR"):
+        register()
+    assert "Scheduler.schedule is gone" in caplog.text
+
+
+def test_an_unknown_version_leaves_us_off_and_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(registry, "is_registered", lambda: False)
+    monkeypatch.setattr(versions, "version", lambda name: "0.99.0")
+    monkeypatch.setattr(patches, "apply_all", lambda: pytest.fail("patched"))
+    with caplog.at_level("ERROR"):
+        register()
+    assert "vLLM 0.99.0 is installed" in caplog.text
+
+
+def test_the_platform_is_the_patched_one():
+    assert current_platform.device_type == "cpu"
+    owner = type(current_platform)
+    assert hasattr(owner.check_and_update_config, "__wrapped__")
