@@ -12,18 +12,24 @@ ASKS = [Ask((1,), "What is it?", 20), Ask((2, 3), "Compare the two.", 20)]
 
 
 @pytest.fixture(scope="module")
-def adapter(checkpoints, tmp_path_factory):
-    model = LlavaForConditionalGeneration.from_pretrained(checkpoints("llava"))
+def adapters(checkpoints, tmp_path_factory):
+    return [
+        make_adapter(checkpoints("llava"), tmp_path_factory.mktemp("lora"), seed)
+        for seed in (1, 2)
+    ]
+
+
+def make_adapter(checkpoint, path, seed):
+    model = LlavaForConditionalGeneration.from_pretrained(checkpoint)
     config = LoraConfig(
         r=8,
         lora_alpha=64,
         target_modules=r".*language_model.*\.(q_proj|v_proj|o_proj)",
         init_lora_weights=False,
     )
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("lora")
+    torch.manual_seed(seed)
     get_peft_model(model, config).save_pretrained(path)
-    return LoRARequest("strong", 1, str(path))
+    return LoRARequest(f"adapter-{seed}", seed, str(path))
 
 
 def ask(engine, asks, adapters):
@@ -36,17 +42,34 @@ def ask(engine, asks, adapters):
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-@pytest.mark.parametrize("ratio", [1.0, 0.3])
-def test_adapters(checkpoints, adapter, ratio):
-    options = {"enable_lora": True, "max_lora_rank": 8}
-    ours = Engine(checkpoints("llava"), avl={"vision_store_ratio": ratio}, **options)
-    with_adapter = ask(ours, ASKS, [adapter, adapter])
-    without = ask(ours, ASKS, [None, None])
-    assert with_adapter != without
-    mixed = ask(ours, ASKS * 2, [adapter, None, None, adapter])
-    assert mixed == [with_adapter[0], without[1], without[0], with_adapter[1]]
-    ours.shutdown()
-    if ratio == 1.0:
-        stock = Engine(checkpoints("llava"), avl=None, **options)
-        assert ask(stock, ASKS, [adapter, adapter]) == with_adapter
-        stock.shutdown()
+@pytest.fixture
+def start(checkpoints):
+    running = []
+
+    def engine(avl):
+        options = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
+        running.append(Engine(checkpoints("llava"), avl=avl, **options))
+        return running[-1]
+
+    yield engine
+    for engine in running:
+        engine.shutdown()
+
+
+def test_two_adapters_in_one_batch(start, adapters):
+    engine = start({"vision_store_ratio": 0.3})
+    one, two = adapters
+    by_one, by_two = ask(engine, ASKS, [one, one]), ask(engine, ASKS, [two, two])
+    assert by_one != by_two
+    assert by_one != ask(engine, ASKS, [None, None])
+    mixed = ask(engine, ASKS * 2, [one, two, two, one])
+    assert mixed == [by_one[0], by_two[1], by_two[0], by_one[1]]
+
+
+def test_identity(start, adapters):
+    mixes = [[adapters[0], adapters[1]], [adapters[1], None], [None, None]]
+    stock = start(None)
+    expected = [ask(stock, ASKS, mix) for mix in mixes]
+    stock.shutdown()
+    ours = start({"vision_store_ratio": 1.0})
+    assert [ask(ours, ASKS, mix) for mix in mixes] == expected
