@@ -68,22 +68,39 @@ def test_a_block_size_of_the_users_stays(checkpoints):
     assert args.create_engine_config().cache_config.block_size == 64
 
 
-def test_inert_when_not_asked_for(checkpoints):
-    """A configuration made with us installed equals one made without."""
-    code = f"""
-import os
-if {{hidden}}:
-    os.environ["VLLM_PLUGINS"] = "none"
-from vllm.engine.arg_utils import EngineArgs
-from vllm.platforms import current_platform
-config = EngineArgs({str(checkpoints("llava"))!r}).create_engine_config()
-config.instance_id = ""
+STOCK_RUN = """
+import os, sys
+os.environ["VLLM_PLUGINS"] = {plugins!r}
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-assert ("AVL" in AttentionBackendEnum.__members__) is not {{hidden}}
-print(config.compute_hash(), config)
+from vllm_avl.testing.engine import Ask, Engine
+
+def main():
+    engine = Engine({checkpoint!r}, avl=None, block_size=None)
+    config = engine.core.vllm_config
+    layers = config.compilation_config.static_forward_context.values()
+    print("RESULT", "AVL" in AttentionBackendEnum.__members__)
+    print("RESULT", config.compute_hash(), config.cache_config.block_size)
+    print("RESULT", type(engine.scheduler), type(engine.runner))
+    print("RESULT", {{type(getattr(layer, "impl", None)) for layer in layers}})
+    print("RESULT", engine.ask([Ask((1,)), Ask((2, 3)), Ask(())]))
+
+main()
 """
-    without, with_us = run(code.format(hidden=True)), run(code.format(hidden=False))
-    assert without.splitlines()[-1] == with_us.splitlines()[-1]
+
+
+def test_inert_when_not_asked_for(checkpoints):
+    """A stock run with us installed is the run without us: same parts, same tokens."""
+
+    def stock_run(plugins):
+        code = STOCK_RUN.format(checkpoint=str(checkpoints("llava")), plugins=plugins)
+        output = run(code).splitlines()
+        return [line for line in output if line.startswith("RESULT")]
+
+    without, with_us = stock_run("none"), stock_run("avl")
+    assert without[0] == "RESULT False"
+    assert with_us[0] == "RESULT True"
+    assert len(with_us) == 5
+    assert without[1:] == with_us[1:]
 
 
 def test_installed_vllm_fits():
