@@ -1,0 +1,75 @@
+"""Which requests are adaptive, and where their vision tokens are."""
+
+import pytest
+import torch
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.pooling_params import PoolingParams
+from vllm.sampling_params import SamplingParams
+from vllm.v1.request import Request
+
+from vllm_avl.cache.admission import plan_request, vision_ranges
+from vllm_avl.config import AVLConfig
+
+
+def feature(offset, length, modality="image", is_embed=None):
+    position = PlaceholderRange(offset=offset, length=length, is_embed=is_embed)
+    return MultiModalFeatureSpec(None, modality, "id", position, mm_hash="id")
+
+
+def request(features, params=None, pooling=None, **options):
+    if pooling is None:
+        params = params or SamplingParams(max_tokens=8)
+    return Request("r", [1] * 700, params, pooling, mm_features=features, **options)
+
+
+def plan(*args, **kwargs):
+    return plan_request(request(*args, **kwargs), AVLConfig(), 32)
+
+
+IMAGE = [feature(5, 576)]
+
+
+def test_a_picture_is_adaptive():
+    assert plan(IMAGE).num_freed_blocks > 0
+    assert plan([feature(5, 576, "video")]) == plan(IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("features", "options"),
+    [
+        ([], {}),
+        ([feature(5, 576, "audio")], {}),
+        ([feature(5, 4)], {}),
+        (IMAGE, {"params": SamplingParams(max_tokens=1)}),
+        (IMAGE, {"params": SamplingParams(max_tokens=8, extra_args={"avl": 0})}),
+        (
+            IMAGE,
+            {"params": SamplingParams(max_tokens=8, extra_args={"avl_store_ratio": 1})},
+        ),
+        (IMAGE, {"pooling": PoolingParams(task="embed")}),
+        (IMAGE, {"resumable": True}),
+    ],
+    ids=[
+        "text",
+        "audio",
+        "nothing-to-free",
+        "one-token",
+        "off",
+        "all-stored",
+        "pooling",
+        "streaming-session",
+    ],
+)
+def test_served_as_stock(features, options):
+    assert plan(features, **options) is None
+
+
+def test_a_ratio_of_the_requests_own():
+    params = SamplingParams(max_tokens=8, extra_args={"avl_store_ratio": 0.1})
+    assert plan(IMAGE, params).num_freed_blocks > plan(IMAGE).num_freed_blocks
+
+
+def test_ranges_leave_out_what_is_not_embedded():
+    mask = torch.tensor([0, 1, 1, 0, 1, 0], dtype=torch.bool)
+    both = [feature(20, 6, is_embed=mask), feature(3, 4)]
+    assert vision_ranges(request(both)) == [(3, 7), (21, 23), (24, 25)]
