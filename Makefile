@@ -20,7 +20,7 @@ serve: setup
 	@$(PYTHON_BIN) -m vllm_avl.testing.demo --serve
 
 test: setup
-	@$(PYTHON_BIN) -m pytest
+	@$(PYTHON_BIN) -m pytest -n 2 --dist loadfile
 
 lint: setup
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+TOKENS_AT_A_TIME = 512
+
 
 def vision_scores(
     query: torch.Tensor,
@@ -17,8 +19,8 @@ def vision_scores(
     """Sum attention probabilities over query rows and heads, for the vision columns.
 
     Probabilities are normalised over every key a row attends to (A-VL section
-    "Vision attention"; the mean over heads ranks as the sum does). One KV head is in
-    fp32 at a time: the transient memory is `num_tokens · head_size` floats.
+    "Vision attention"; the mean over heads ranks as the sum does). 512 keys of one KV
+    head are in fp32 at a time, beside the logits of its query heads.
 
     Args:
         query: [num_rows, num_heads, head_size], the last rows of the sequence.
@@ -39,10 +41,8 @@ def vision_scores(
     hidden = _future_keys(num_rows, num_tokens)
     scores = torch.zeros(len(vision_rows), dtype=torch.float32, device=query.device)
     for head in range(num_kv_heads):
-        queries = grouped[:, head].float().mul_(scale)
-        keys = key_cache[blocks, head].float()
-        logits = torch.matmul(queries.flatten(0, 1), keys.transpose(1, 2))
-        logits = logits.transpose(0, 1).flatten(1)[:, :num_tokens]
+        queries = (grouped[:, head].float() * scale).flatten(0, 1)
+        logits = _logits(queries, key_cache[:, head], blocks)[:, :num_tokens]
         if soft_cap:
             logits = soft_cap * torch.tanh(logits / soft_cap)
         if hidden is not None:
@@ -50,6 +50,18 @@ def vision_scores(
             logits = logits.masked_fill(hidden.unsqueeze(1), -torch.inf).flatten(0, 1)
         scores += logits.softmax(-1).sum(0)[vision_rows]
     return scores
+
+
+def _logits(
+    queries: torch.Tensor, keys: torch.Tensor, blocks: torch.Tensor
+) -> torch.Tensor:
+    """[num_queries, len(blocks) · block_size] fp32, for one KV head's keys."""
+    block_size = keys.shape[1]
+    parts = [
+        keys[part].float().flatten(0, 1) @ queries.T
+        for part in blocks.split(max(TOKENS_AT_A_TIME // block_size, 1))
+    ]
+    return torch.cat(parts).T
 
 
 def _future_keys(num_rows: int, num_tokens: int) -> torch.Tensor | None:

@@ -3,26 +3,42 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import OPTIONS, Asker
 
 from vllm_avl.testing import models
-from vllm_avl.testing.server import picture_url, serve
+from vllm_avl.testing.server import picture_url, serve, user_message
+
+OPTIONS = (
+    *("--attention-backend", "avl", "--dtype", "float32", "--enforce-eager"),
+    *("--max-model-len", "1024", "--kv-cache-memory-bytes", str(32 << 20)),
+    *("--data-parallel-size", "2"),
+)
 
 
 @pytest.mark.timeout(600)
 def test_answers_do_not_depend_on_the_engine(checkpoints, tmp_path):
-    urls = [picture_url(models.random_image(seed)) for seed in range(6)]
+    messages = [
+        [user_message("What is it?", [picture_url(models.random_image(seed))])]
+        for seed in range(6)
+    ]
     with serve(
         checkpoints("llava"),
-        [*OPTIONS, "--data-parallel-size", "2"],
+        OPTIONS,
         log=tmp_path / "server.log",
         environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
     ) as server:
-        asker = Asker(server)
-        alone = [asker.answers(url)[0] for url in urls]
-        off = [asker.answers(url, vllm_xargs={"avl": 0})[0] for url in urls]
-        with ThreadPoolExecutor(len(urls)) as pool:
-            together = list(pool.map(lambda url: asker.answers(url)[0], urls))
-        assert together == alone
-        assert alone != off
+
+        def answer(message, avl=1):
+            completion = server.client().chat.completions.create(
+                model=server.model,
+                messages=message,
+                max_tokens=24,
+                temperature=0,
+                extra_body={"ignore_eos": True, "vllm_xargs": {"avl": avl}},
+            )
+            return completion.choices[0].message.content
+
+        alone = [answer(message) for message in messages]
+        with ThreadPoolExecutor(len(messages)) as pool:
+            assert list(pool.map(answer, messages)) == alone
+        assert [answer(message, avl=0) for message in messages] != alone
         assert server.metric("vllm:kv_cache_usage_perc") == 0

@@ -70,7 +70,7 @@ def nothing_is_left_behind(asker, question):
     server = asker.server
     assert server.is_healthy(), server.log_tail()
     assert asker.answer(url) == before
-    eventually(lambda: server.held_blocks() == 0, "all blocks are free")
+    eventually(lambda: server.metrics().held_blocks == 0, "all blocks are free")
 
 
 def test_streaming_gives_the_same_text(asker, question):
@@ -94,9 +94,9 @@ def test_nothing_evicted_is_stock(asker, question):
 
 def test_a_repeated_picture_is_answered_from_the_prefix_cache(asker, pictures):
     url, hits = pictures(3), "vllm:prefix_cache_hits_total"
-    text, hits_before = asker.answer(url), asker.server.metric(hits)
+    text, hits_before = asker.answer(url), asker.server.metrics().total(hits)
     assert asker.answer(url) == text
-    assert asker.server.metric(hits) > hits_before
+    assert asker.server.metrics().total(hits) > hits_before
 
 
 def test_several_pictures(asker, pictures):
@@ -196,9 +196,11 @@ def test_a_client_that_leaves_midway_frees_its_blocks(asker, pictures):
         lines = (line for line in response.iter_lines() if line)
         chunks = [json.loads(next(lines).removeprefix("data: ")) for _ in range(20)]
         assert all(chunk["choices"] for chunk in chunks)
-        assert server.held_blocks() > 0
+        assert server.metrics().held_blocks > 0
     running = "vllm:num_requests_running"
     # An idle engine reports nothing: the next request shows what is still held.
     time.sleep(1)
     asker.answer(text="Hello", max_tokens=1)
-    eventually(lambda: server.metric(running) == 0, "the aborted request is gone")
+    eventually(
+        lambda: server.metrics().total(running) == 0, "the aborted request is gone"
+    )
