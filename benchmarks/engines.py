@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from checkpoints import VISION_TOKENS_PER_IMAGE, Model
 from PIL import Image
 
@@ -18,6 +19,8 @@ from vllm_avl.testing.models.tokens import BOS
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+# Lets `Engine` say how many threads compute.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 @dataclass(frozen=True)
@@ -105,13 +108,16 @@ class Engine:
         block_size: int | None,
         max_num_seqs: int,
         max_model_len: int,
+        threads: int,
         max_num_batched_tokens: int = 4096,
     ) -> None:
         from vllm_avl.testing import engine
 
+        torch.set_num_threads(threads)
         self._inside = engine.Engine(
             model.path,
             avl={} if avl else None,
+            dtype=model.dtype,
             kv_cache_memory_bytes=pool_bytes,
             block_size=block_size,
             max_num_seqs=max_num_seqs,

@@ -60,13 +60,20 @@ class Measurement:
     """What the server reported while one answer was streaming."""
 
     num_prompt_tokens: int = 0
-    num_answer_tokens: int = 0
-    held_blocks: list[int] = field(default_factory=list)
+    held_blocks: dict[int, int] = field(default_factory=dict)
+    """Blocks held, by the number of answer tokens that were there at that time."""
 
-    @property
-    def peak_blocks(self) -> int:
-        """Most blocks held while answering."""
-        return max(self.held_blocks, default=0)
+    def held_at(self, length: int) -> int | None:
+        """Return the blocks held at `length` answer tokens, None where not known.
+
+        A growing answer never gives blocks back: where the samples before and behind
+        agree, they hold in between.
+        """
+        before = [held for at, held in self.held_blocks.items() if at <= length]
+        behind = [held for at, held in self.held_blocks.items() if at >= length]
+        if not before or not behind or max(before) != min(behind):
+            return None
+        return max(before)
 
 
 def ask(server: Server, question: Question, *, avl: bool) -> Measurement:
@@ -84,32 +91,48 @@ def ask(server: Server, question: Question, *, avl: bool) -> Measurement:
         extra_body={"ignore_eos": True, **xargs},
     )
     measured = Measurement()
+    before = server.metrics().num_generated_tokens
     for number, chunk in enumerate(stream):
         for choice in chunk.choices:
             print(choice.delta.content or "", end="", flush=True)
         if chunk.usage is not None:
             measured.num_prompt_tokens = chunk.usage.prompt_tokens
-            measured.num_answer_tokens = chunk.usage.completion_tokens
         elif number >= FIRST_SAMPLE:
-            measured.held_blocks.append(server.held_blocks())
+            metrics = server.metrics()
+            if metrics.held_blocks > 0:
+                length = metrics.num_generated_tokens - before
+                measured.held_blocks[length] = metrics.held_blocks
     print("\n")
-    if measured.peak_blocks == 0:
-        raise ServerError("the answer was over before it was measured: --max-tokens")
     return measured
+
+
+def compare(avl: Measurement, stock: Measurement) -> tuple[int, int, int]:
+    """Return a length of the answer, and the blocks either run held at that length.
+
+    Raises:
+        ServerError: there is no length at which both are known.
+    """
+    lengths = avl.held_blocks.keys() | stock.held_blocks.keys()
+    for length in sorted(lengths, reverse=True):
+        kept, whole = avl.held_at(length), stock.held_at(length)
+        if kept is not None and whole is not None:
+            return length, kept, whole
+    raise ServerError("too few measurements to compare: raise --max-tokens")
 
 
 def table(server: Server, avl: Measurement, stock: Measurement) -> str:
     """Lay the two measurements side by side."""
-    kept, whole = avl.peak_blocks, stock.peak_blocks
-    pool, size = server.num_blocks, server.block_size
+    length, kept, whole = compare(avl, stock)
+    metrics = server.metrics()
+    pool, size = metrics.num_blocks, metrics.block_size
     rows = (
         ("held by stock vLLM (avl: 0)", whole),
         ("kept with --attention-backend avl", kept),
         ("freed for other requests", whole - kept),
     )
     head = (
-        f"KV cache while answering: {stock.num_prompt_tokens} prompt and "
-        f"{stock.num_answer_tokens} answer tokens, measured from /metrics"
+        f"KV cache after {stock.num_prompt_tokens} prompt and {length} answer tokens, "
+        "from the server's /metrics"
     )
     lines = [head, f"{'':36}{'blocks':>8}{'tokens':>8}{'of the pool':>13}"]
     for name, blocks in rows:

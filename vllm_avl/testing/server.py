@@ -21,14 +21,16 @@ import httpx
 import openai
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 HOST = "127.0.0.1"
 POLL_SECONDS = 0.2
 REPORT_SECONDS = 10.0
 STOP_SECONDS = 10.0
 TAIL_LINES = 25
-# vLLM closes idle connections after 5 s: do not send into one that is just closing.
-LIMITS = httpx.Limits(keepalive_expiry=2.0)
+# A connection for each request: vLLM closes one after an error, just when the next
+# request would go into it.
+LIMITS = httpx.Limits(max_keepalive_connections=0)
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -47,6 +49,43 @@ class ServerError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Metrics:
+    """What the server reported at one moment."""
+
+    samples: Sequence[Sample]
+
+    def total(self, name: str) -> float:
+        """Return a metric, summed over its label sets."""
+        return sum(sample.value for sample in self.samples if sample.name == name)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that requests can hold: all but the null block."""
+        return int(self._cache_config["num_gpu_blocks"]) - 1
+
+    @property
+    def block_size(self) -> int:
+        """Tokens that a block holds."""
+        return int(self._cache_config["block_size"])
+
+    @property
+    def held_blocks(self) -> int:
+        """Blocks that requests held at the end of the last step."""
+        return round(self.total("vllm:kv_cache_usage_perc") * self.num_blocks)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens generated since the start, by all requests."""
+        return int(self.total("vllm:generation_tokens_total"))
+
+    @property
+    def _cache_config(self) -> dict[str, str]:
+        name = "vllm:cache_config_info"
+        (labels,) = [s.labels for s in self.samples if s.name == name]
+        return labels
+
+
+@dataclass(frozen=True)
 class Server:
     """A running `vllm serve`."""
 
@@ -57,7 +96,7 @@ class Server:
     http: httpx.Client = field(
         default_factory=lambda: httpx.Client(timeout=120.0, limits=LIMITS)
     )
-    """One for all requests: a new one costs more than a token does."""
+    """One for all requests: making one takes longer than a token."""
 
     @property
     def url(self) -> str:
@@ -75,38 +114,20 @@ class Server:
         except httpx.TransportError:
             return False
 
-    def metric(self, name: str) -> float:
-        """Return a metric, summed over its label sets."""
-        return sum(value for _, value in self._samples(name))
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks that requests can hold: all but the null block."""
-        ((labels, _),) = self._samples("vllm:cache_config_info")
-        return int(labels["num_gpu_blocks"]) - 1
-
-    @property
-    def block_size(self) -> int:
-        """Tokens that a block holds."""
-        ((labels, _),) = self._samples("vllm:cache_config_info")
-        return int(labels["block_size"])
-
-    def held_blocks(self) -> int:
-        """Blocks that requests hold, as the scheduler reported with its last step."""
-        return round(self.metric("vllm:kv_cache_usage_perc") * self.num_blocks)
+    def metrics(self) -> Metrics:
+        """Read /metrics."""
+        text = self.http.get(f"{self.url}/metrics").raise_for_status().text
+        return Metrics(
+            [
+                sample
+                for family in text_string_to_metric_families(text)
+                for sample in family.samples
+            ]
+        )
 
     def log_tail(self) -> str:
         """Return the last lines of the log."""
         return _tail(self.log)
-
-    def _samples(self, name: str) -> list[tuple[dict[str, str], float]]:
-        text = self.http.get(f"{self.url}/metrics").raise_for_status().text
-        return [
-            (sample.labels, sample.value)
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if sample.name == name
-        ]
 
 
 @contextmanager

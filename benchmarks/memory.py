@@ -1,0 +1,157 @@
+"""What compaction needs beside the cache: never more than one layer's kept rows.
+
+PyTorch's profiler reports every allocation, so the peaks are exact, not sampled. Two
+of them are printed: the highest point inside one `compact_layer`, over what was held
+when it began, and the highest point of the whole prompt against stock's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import arguments
+import checkpoints
+from engines import Engine, Request, requests
+from report import append_rows, machine, print_heading, print_table
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+from vllm_avl.testing.models import ModelSize
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print the table, append to the CSV; exit code 1 where it is too much."""
+    args = parse(argv)
+    size = arguments.model_size(args)
+    model = checkpoints.build(args.checkpoints, size, args.dtype)
+    (request,) = requests(1, args.images, output_tokens=2, seed=args.seed)
+    stock, avl = (start(model, is_avl, request, args) for is_avl in (False, True))
+    warm_up = [replace(request, images=request.images[::-1])]
+    stock.run(warm_up)
+    avl.run(warm_up, store_ratio=min(args.store_ratio))
+    stock_peak = peak_bytes(lambda: stock.run([request]))
+    rows = [
+        measure(model, avl, request, ratio, stock_peak)
+        for ratio in tqdm(args.store_ratio, unit="run", disable=None)
+    ]
+    facts = machine()
+    settings = {
+        "model": model.describe(),
+        "block_size": args.block_size,
+        "prompt_tokens": request.prompt_tokens,
+    }
+    if not args.quick:
+        append_rows(
+            args.results / "memory.csv", [{**facts, **settings, **row} for row in rows]
+        )
+    print_heading("Memory beside the cache, in bytes", {**facts, **settings})
+    print_table(rows)
+    stock.close()
+    avl.close()
+    if not all(row["transient_fits"] and row["rise_fits"] for row in rows):
+        sys.exit("compaction took more than one layer's kept rows")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = arguments.make_parser(__doc__, ModelSize())
+    add = parser.add_argument
+    add("--store-ratio", type=float, nargs="+", default=[0.5, 0.2], help="values of S")
+    add("--images", type=int, default=4, help="images of the prompt, 576 tokens each")
+    add("--block-size", type=int, default=32, help="of both sides")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"])
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.images = 2
+    return args
+
+
+def start(
+    model: checkpoints.Model, avl: bool, request: Request, args: argparse.Namespace
+) -> Engine:
+    """Start an engine that computes the prompt in one step."""
+    longest = request.num_tokens + args.block_size
+    return Engine(
+        model,
+        avl=avl,
+        pool_bytes=2 * longest * model.bytes_per_token,
+        block_size=args.block_size,
+        max_num_seqs=1,
+        max_model_len=longest,
+        max_num_batched_tokens=longest,
+        threads=args.threads,
+    )
+
+
+def measure(
+    model: checkpoints.Model,
+    avl: Engine,
+    request: Request,
+    store_ratio: float,
+    stock_peak: int,
+) -> dict[str, object]:
+    """Compare both peaks with the kept rows of one layer.
+
+    The two peaks are taken in runs of their own: profilers do not nest.
+    """
+    with profiled_compactions() as calls:
+        avl.run([request], store_ratio)
+    prompt_peak = peak_bytes(lambda: avl.run([request], store_ratio))
+    transient, num_kept = max(calls)
+    kept = num_kept * model.layer_bytes_per_token
+    rise = prompt_peak - stock_peak
+    return {
+        "S": store_ratio,
+        "compactions": len(calls),
+        "kept_rows_of_a_layer": kept,
+        "transient": transient,
+        "share": transient / kept,
+        "stock_peak": stock_peak,
+        "avl_peak": prompt_peak,
+        "rise": rise,
+        "transient_fits": transient <= kept,
+        "rise_fits": rise <= kept,
+    }
+
+
+@contextmanager
+def profiled_compactions() -> Iterator[list[tuple[int, int]]]:
+    """Collect transient bytes and kept rows of every call of `compact_layer`."""
+    from vllm_avl.backend import cpu
+
+    calls: list[tuple[int, int]] = []
+    compact_layer = cpu.compact_layer
+
+    def profiled(compactions: Any, *args: Any) -> None:
+        plans = [compaction.plan for compaction in compactions]
+        num_kept = sum(plan.num_stored_blocks * plan.block_size for plan in plans)
+        transient = peak_bytes(lambda: compact_layer(compactions, *args))
+        calls.append((transient, num_kept))
+
+    cpu.compact_layer = profiled
+    try:
+        yield calls
+    finally:
+        cpu.compact_layer = compact_layer
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Return the most bytes of tensors `work` holds over what was held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = profiler.profiler.kineto_results.events()
+    memory = [event for event in events if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(memory, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+if __name__ == "__main__":
+    main()
