@@ -46,6 +46,11 @@ def test_defaults_and_others_settings():
     ("arguments", "line"),
     [
         ({"avl": 2}, "vllm_xargs.avl = 2: must be 0 or 1"),
+        ({"avl": "yes"}, "vllm_xargs.avl = 'yes': must be 0 or 1"),
+        ({"avl": "0"}, "vllm_xargs.avl = '0': must be 0 or 1"),
+        ({"avl": 1.0}, "vllm_xargs.avl = 1.0: must be 0 or 1"),
+        ({"AVL": 0}, "vllm_xargs.AVL: unknown setting; known are avl"),
+        ({"avl_store_ratio": True}, "vllm_xargs.avl_store_ratio = True: must be"),
         ({"avl_store_ratio": 0}, "vllm_xargs.avl_store_ratio = 0: must be a number in"),
         ({"avl_store_ratio": "x"}, "vllm_xargs.avl_store_ratio = 'x': must be"),
         ({"avl_stor_ratio": 1}, "vllm_xargs.avl_stor_ratio: unknown setting; known"),

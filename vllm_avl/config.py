@@ -5,9 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-Ratio = Annotated[float, Field(gt=0, le=1, strict=True, allow_inf_nan=False)]
+
+def _no_switch(value: object) -> object:
+    """Refuse true and false, which pydantic takes for 1.0 and 0.0."""
+    if isinstance(value, bool):
+        raise ValueError("not a number")
+    return value
+
+
+def _only_switch(value: object) -> object:
+    """Refuse all but 0 and 1, true and false: pydantic also takes "yes" and "off"."""
+    if not isinstance(value, int) or value not in (0, 1):
+        raise ValueError("not a switch")
+    return value
+
+
+Ratio = Annotated[
+    float,
+    Field(gt=0, le=1, strict=True, allow_inf_nan=False),
+    BeforeValidator(_no_switch),
+]
+Switch = Annotated[bool, BeforeValidator(_only_switch)]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -36,7 +56,7 @@ class RequestOverrides(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    avl: bool = Field(True, description="0 serves the request exactly as stock")
+    avl: Switch = Field(True, description="0 serves the request exactly as stock")
     avl_store_ratio: Ratio | None = Field(None, description="vision_store_ratio")
 
     def apply(self, config: AVLConfig) -> AVLConfig:
@@ -72,7 +92,8 @@ def parse_overrides(extra_args: Mapping[str, Any] | None) -> RequestOverrides:
 
 
 def _is_ours(key: str) -> bool:
-    return key == "avl" or key.startswith("avl_")
+    # In any case: {"AVL": 0} must be refused, not silently served adaptively.
+    return key.lower() == "avl" or key.lower().startswith("avl_")
 
 
 def _validate(model: type[Model], values: Mapping[str, Any], prefix: str) -> Model:

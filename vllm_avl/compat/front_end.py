@@ -26,6 +26,7 @@ def check_request(original: Callable[..., EngineCoreRequest]) -> Callable[..., A
         try:
             parse_overrides(params.extra_args)
         except ValueError as error:
+            _forget_pictures(self, prompt)
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
         request = original(self, request_id, prompt, params, *args, **kwargs)
         if params.n > 1:
@@ -36,3 +37,17 @@ def check_request(original: Callable[..., EngineCoreRequest]) -> Callable[..., A
         return request
 
     return process_inputs
+
+
+def _forget_pictures(input_processor: Any, prompt: Any) -> None:
+    """Take a refused request's pictures out of the front end's cache.
+
+    They were entered when the prompt was rendered, and the engine will never see them:
+    the next request would send their hashes alone, and fail.
+    """
+    cache = input_processor.renderer.mm_processor_cache
+    hashes = prompt.get("mm_hashes", {}) if isinstance(prompt, dict) else {}
+    if cache is not None:
+        for of_modality in hashes.values():
+            for mm_hash in of_modality:
+                cache.invalidate(mm_hash)

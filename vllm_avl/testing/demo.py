@@ -232,10 +232,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="vision tokens whose KV cache stays stored, in (0, 1]; "
         "default: %(default)s",
     )
-    add("--images", type=int, default=2, help="pictures to ask about; %(default)s")
-    add("--max-tokens", type=int, default=200, help="answer's length; %(default)s")
+    add(
+        "--images",
+        type=int,
+        default=2,
+        help="pictures to ask about; default: %(default)s",
+    )
+    add(
+        "--max-tokens",
+        type=int,
+        default=200,
+        help="answer's length; default: %(default)s",
+    )
     add("--port", type=int, help=f"default: {SERVE_PORT} with --serve, else a free one")
-    add("--timeout", type=float, default=600, help="seconds to start; %(default)s")
+    add(
+        "--timeout",
+        type=float,
+        default=600,
+        help="seconds to start; default: %(default)s",
+    )
     args = parser.parse_args(argv)
     check(parser, args)
     if args.serve and args.port is None:

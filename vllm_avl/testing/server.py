@@ -125,6 +125,10 @@ class Server:
             ]
         )
 
+    def metric(self, name: str) -> float:
+        """Read one metric, summed over its label sets."""
+        return self.metrics().total(name)
+
     def log_tail(self) -> str:
         """Return the last lines of the log."""
         return _tail(self.log)
