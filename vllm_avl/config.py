@@ -92,7 +92,7 @@ def parse_overrides(extra_args: Mapping[str, Any] | None) -> RequestOverrides:
 
 
 def _is_ours(key: str) -> bool:
-    # In any case: {"AVL": 0} must be refused, not silently served adaptively.
+    # Whatever the case: {"AVL": 0} must be refused, not silently served adaptively.
     return key.lower() == "avl" or key.lower().startswith("avl_")
 
 

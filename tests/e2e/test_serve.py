@@ -24,7 +24,6 @@ BAD_XARGS = [
     ({"avl_store_ratio": [0.5]}, "avl_store_ratio = [0.5]", RATIO),
     ({"avl": 2}, "avl = 2", SWITCH),
     ({"avl": "yes"}, "avl = 'yes'", SWITCH),
-    ({"avl_store_ratio": True}, "avl_store_ratio = True", RATIO),
     ({"avl_unknown": 1}, "avl_unknown", "known are avl, avl_store_ratio"),
 ]
 
