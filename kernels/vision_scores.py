@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-TOKENS_AT_A_TIME = 512
+TOKENS_AT_A_TIME = 256
 
 
 def vision_scores(
@@ -19,7 +19,7 @@ def vision_scores(
     """Sum attention probabilities over query rows and heads, for the vision columns.
 
     Probabilities are normalised over every key a row attends to (A-VL section
-    "Vision attention"; the mean over heads ranks as the sum does). 512 keys of one KV
+    "Vision attention"; the mean over heads ranks as the sum does). 256 keys of one KV
     head are in fp32 at a time, beside the logits of its query heads.
 
     Args:
