@@ -55,9 +55,11 @@ def make_view(
     """
     shifted_table, shifted_lens = block_table, seq_lens
     compactions = []
+    # Read whole: a look at one element of a tensor costs as much as all of them.
+    query_starts, lens = query_start_loc.tolist(), seq_lens.tolist()
     for row, plan in row_plans:
-        query_start, query_end = query_start_loc[row : row + 2].tolist()
-        seq_len = int(seq_lens[row])
+        query_start, query_end = query_starts[row : row + 2]
+        seq_len = lens[row]
         num_computed = seq_len - (query_end - query_start)
         if num_computed >= plan.num_prompt_tokens:
             if shifted_table is block_table:
