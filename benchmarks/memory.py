@@ -1,7 +1,7 @@
 """What compaction needs beside the cache: never more than one layer's kept rows.
 
 PyTorch's profiler reports every allocation, so the peaks are exact, not sampled. Two
-of them are printed: the highest point inside one `compact_layer`, over what was held
+of them are printed: the highest point inside one layer's compaction, over what was held
 when it began, and the highest point of the whole prompt against stock's.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import arguments
 import checkpoints
@@ -121,23 +122,19 @@ def measure(
 
 @contextmanager
 def profiled_compactions() -> Iterator[list[tuple[int, int]]]:
-    """Collect transient bytes and kept rows of every call of `compact_layer`."""
-    from vllm_avl.backend import cpu
+    """Collect transient bytes and kept rows of every layer's compaction."""
+    from vllm_avl.backend.layer import Layer
 
     calls: list[tuple[int, int]] = []
-    compact_layer = cpu.compact_layer
+    perform = Layer.perform
 
-    def profiled(compactions: Any, *args: Any) -> None:
-        plans = [compaction.plan for compaction in compactions]
-        num_kept = sum(plan.num_stored_blocks * plan.block_size for plan in plans)
-        transient = peak_bytes(lambda: compact_layer(compactions, *args))
-        calls.append((transient, num_kept))
+    def profiled(layer: Layer, task: Any, *args: Any) -> None:
+        plan = task.state.plan
+        transient = peak_bytes(lambda: perform(layer, task, *args))
+        calls.append((transient, plan.num_stored_blocks * plan.block_size))
 
-    cpu.compact_layer = profiled
-    try:
+    with patch.object(Layer, "perform", profiled):
         yield calls
-    finally:
-        cpu.compact_layer = compact_layer
 
 
 def peak_bytes(work: Callable[[], object]) -> int:

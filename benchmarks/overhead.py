@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import arguments
 import checkpoints
@@ -140,21 +141,18 @@ def rotated(items: list[Any], count: int) -> list[Any]:
 
 @contextmanager
 def timed_compactions() -> Iterator[Compactions]:
-    """Time every call of `compact_layer`."""
-    from vllm_avl.backend import cpu
+    """Time what every layer does after a prompt's attention."""
+    from vllm_avl.backend.layer import Layer
 
-    compactions, compact_layer = Compactions(), cpu.compact_layer
+    compactions, perform = Compactions(), Layer.perform
 
     def timed(*args: Any) -> None:
         start = time.perf_counter()
-        compact_layer(*args)
+        perform(*args)
         compactions.seconds += time.perf_counter() - start
 
-    cpu.compact_layer = timed
-    try:
+    with patch.object(Layer, "perform", timed):
         yield compactions
-    finally:
-        cpu.compact_layer = compact_layer
 
 
 def summarize(

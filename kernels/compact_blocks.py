@@ -11,6 +11,7 @@ def compact_blocks(
     blocks: torch.Tensor,
     source: torch.Tensor,
     target: torch.Tensor,
+    heads: torch.Tensor | None = None,
 ) -> None:
     """Copy the rows at positions `source` to positions `target`, in place.
 
@@ -22,11 +23,12 @@ def compact_blocks(
         value_cache: as key_cache.
         blocks: [num_request_blocks] block ids of the request, int64.
         source: [num_moved] positions in the request, int64.
-        target: [num_moved] positions in the request, distinct, int64.
+        target: [num_moved] positions in the request, distinct in a head, int64.
+        heads: [num_moved] KV head of each move, int64; None moves all heads alike.
     """
     block_size = key_cache.shape[2]
-    source_blocks, source_slots = blocks[source // block_size], source % block_size
-    target_blocks, target_slots = blocks[target // block_size], target % block_size
+    head = slice(None) if heads is None else heads
+    old = blocks[source // block_size], head, source % block_size
+    new = blocks[target // block_size], head, target % block_size
     for cache in (key_cache, value_cache):
-        rows = cache[source_blocks, :, source_slots]
-        cache[target_blocks, :, target_slots] = rows
+        cache[new] = cache[old]

@@ -1,74 +1,295 @@
-"""A-VL's prefill selection, read off the method and run on Hugging Face weights.
+"""A-VL, read off the method and run on Hugging Face weights.
 
-Eager, batch 1, no paging, no blocks: attention maps are materialised, eviction deletes
-rows of a cache. It shares no code with the product; only the NUMBER of vision tokens
-to keep, which the plan rounds up to whole blocks, is handed in.
+Eager, batch 1, fp32; no paging, no blocks, no moves: the cache keeps every token, and
+what a step reads is a mask for each layer and KV head. It shares no code with the
+product. Handed in are the COUNTS that follow from whole blocks, and the tokens.
+
+Where two scores are too close for two implementations to agree on, the product's choice
+is taken over, so that everything behind it can be compared too; any other difference is
+an error.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from decimal import ROUND_HALF_EVEN, Decimal
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from torch.nn import functional
+from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
+
+CLOSE = 1e-5
+"""Scores that differ by less, relative to the largest, cannot be told apart."""
 
 
 @dataclass
-class Answer:
-    kept: list[set[int]]
-    """Per layer, the vision positions that stay."""
-    scores: list[torch.Tensor]
-    """Per layer, [num_prompt_tokens] score of every position."""
-    tokens: list[int]
-    logprobs: list[torch.Tensor]
+class Settings:
+    """What the oracle needs to know of a request."""
+
+    policy: str = "avl"
+    interval: int = 3
+    text_keep: float = 1.0
+    text_heavy: float = 0.7
+    text_min: int = 20
+    text_decay: float = 1.0
+    reduction: str = "mean"
+    window: int = 1
+    block_size: int = 32
+    num_full_tokens: int = 0
+    """Tokens of whole prompt blocks: only they are ranked."""
+    num_stored_rows: int = 0
+    """Of those, how many stay stored."""
+    num_core_rows: int = 0
+    """Of those, how many an ordinary step reads."""
+
+    @property
+    def any_token(self):
+        return self.policy in ("h2o", "snapkv", "streaming")
+
+    @property
+    def per_head(self):
+        return self.policy in ("h2o", "snapkv")
+
+    @property
+    def reselects(self):
+        return self.policy in ("avl", "h2o", "random")
+
+
+@dataclass
+class Memory:
+    """One layer and KV head: which positions are stored, which of them are core."""
+
+    stored: set = field(default_factory=set)
+    core: set = field(default_factory=set)
+    sums: dict = field(default_factory=dict)
+    num_aged: int = 0
 
 
 class Oracle:
     def __init__(self, checkpoint):
+        AttentionInterface.register("masked", self._attend)
         self.processor = AutoProcessor.from_pretrained(checkpoint)
         self.model = AutoModelForImageTextToText.from_pretrained(
-            checkpoint, attn_implementation="eager", dtype=torch.float32
+            checkpoint,
+            attn_implementation={"text_config": "masked", "vision_config": "eager"},
+            dtype=torch.float32,
         ).eval()
+        config = self.model.config.text_config
+        self.num_layers = config.num_hidden_layers
+        self.num_kv_heads = config.num_key_value_heads
 
     @torch.no_grad()
-    def answer(self, text, images, num_full_tokens, num_kept, num_new, window=1):
-        """Greedy answer after evicting all but `num_kept` vision tokens a layer.
+    def follow(
+        self, text, images, settings, tokens, product, scores_of_random=None, replayed=1
+    ):
+        """Answer with `tokens`; yield each step and its log-probabilities.
 
-        Only vision tokens before `num_full_tokens` are ranked; later ones stay.
+        `product(step, layer, head)` gives the positions that the product has stored
+        and those it reads, after each step; step 0 is the prompt. The first `replayed`
+        tokens are computed at once, as after a preemption.
         """
+        self.settings, self.product = settings, product
+        self.random = scores_of_random
         inputs = self.processor(
             text=text, images=images, return_tensors="pt", add_special_tokens=False
         )
-        output = self.model(**inputs, output_attentions=True, use_cache=True)
-        is_image = inputs["input_ids"][0] == self.model.config.image_token_id
-        ranked = is_image & (torch.arange(len(is_image)) < num_full_tokens)
-        cache, kept, scores = output.past_key_values, [], []
-        for layer, attention in enumerate(output.attentions):
-            score = attention[0, :, -window:].sum((0, 1))
-            value = score.tolist()
-            vision = ranked.nonzero().flatten().tolist()
-            order = sorted(vision, key=lambda i: (-value[i], i))
-            minor = set(order[num_kept:])
-            stays = [i for i in range(len(is_image)) if i not in minor]
-            rows = cache.layers[layer]
-            rows.keys, rows.values = rows.keys[:, :, stays], rows.values[:, :, stays]
-            kept.append(set(order[:num_kept]))
-            scores.append(score)
-        return Answer(
-            kept, scores, *self._decode(output.logits, cache, len(is_image), num_new)
-        )
+        ids = inputs["input_ids"][0]
+        self.is_vision = (ids == self.model.config.image_token_id).tolist()
+        self.first_vision = self.is_vision.index(True)
+        self.num_prompt = len(ids)
+        self.length = len(ids)
+        self.step = 0
+        self.memories = [
+            [Memory() for _ in range(self.num_kv_heads)] for _ in range(self.num_layers)
+        ]
+        output = self.model(**inputs, use_cache=True)
+        yield 0, output.logits[0, -1].log_softmax(-1)
+        done = 0
+        while done < len(tokens) - 1:
+            chunk = tokens[:replayed] if done == 0 else [tokens[done]]
+            done += len(chunk)
+            self.step, self.length = done, self.num_prompt + done
+            output = self.model(
+                input_ids=torch.tensor([chunk]),
+                past_key_values=output.past_key_values,
+                use_cache=True,
+            )
+            yield done, output.logits[0, -1].log_softmax(-1)
 
-    def _decode(self, logits, cache, position, num_new):
-        tokens, logprobs = [], []
-        for step in range(num_new):
-            row = logits[0, -1].float().log_softmax(-1)
-            logprobs.append(row)
-            tokens.append(int(row.argmax()))
-            if step + 1 < num_new:
-                # Positions go on from the original length, not from the cache's.
-                output = self.model.model.language_model(
-                    input_ids=torch.tensor([[tokens[-1]]]),
-                    position_ids=torch.tensor([[position + step]]),
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-                logits = self.model.lm_head(output.last_hidden_state)
-        return tokens, logprobs
+    # What a layer does.
+
+    def _attend(self, module, query, key, value, mask, scaling, **kwargs):
+        layer, (_, num_heads, rows, _) = module.layer_idx, query.shape
+        group = num_heads // key.shape[1]
+        keys, values = (x[0].repeat_interleave(group, 0) for x in (key, value))
+        logits = query[0] @ keys.transpose(1, 2) * scaling
+        reads = self._reads(layer, rows).repeat_interleave(group, 0)
+        attention = logits.masked_fill(~reads, -torch.inf).softmax(-1)
+        by_head = attention.view(-1, group, rows, self.length)
+        if self.step == 0:
+            self._after_prompt(layer, by_head[:, :, -self.settings.window :].sum(2))
+        else:
+            self._after_step(layer, by_head[:, :, -1])
+        return (attention @ values).transpose(0, 1).unsqueeze(0), None
+
+    def _reads(self, layer, rows):
+        if self.step == 0:
+            return torch.ones(self.num_kv_heads, rows, rows).tril().bool()
+        interval = self.settings.interval
+        self.is_refresh = rows > 1 or interval <= 0 or self.step % interval == 0
+        reads = torch.zeros(self.num_kv_heads, rows, self.length, dtype=torch.bool)
+        for head, memory in enumerate(self.memories[layer]):
+            for row, new in enumerate(range(self.length - rows, self.length)):
+                memory.stored.add(new)
+                memory.core.add(new)
+                read = memory.stored if self.is_refresh else memory.core
+                reads[head, row, sorted(read)] = True
+        return reads
+
+    def _after_prompt(self, layer, scores):
+        s = self.settings
+        everything = set(range(self.num_prompt))
+        for head, memory in enumerate(self.memories[layer]):
+            memory.stored, memory.core = set(everything), set(everything)
+            memory.sums = dict(enumerate(scores[head].sum(0).tolist()))
+        if s.num_core_rows < s.num_full_tokens:
+            ranked = [p for p in everything if self._competes(p)]
+            fixed = s.num_full_tokens - len(ranked)
+            stored, core = s.num_stored_rows - fixed, s.num_core_rows - fixed
+            # One ranking: core is the top of what is stored.
+            keep = stored if stored < len(ranked) else core
+            for head, memory in enumerate(self.memories[layer]):
+                ranking = self._scores(layer, head, scores, ranked, keep)
+                self._choose(layer, head, "stored", ranked, ranking, stored)
+                memory.core = set(memory.stored)
+                held = [p for p in ranked if p in memory.stored]
+                self._choose(layer, head, "core", held, ranking, core)
+        self._age(layer)
+
+    def _after_step(self, layer, attention):
+        s = self.settings
+        if self.is_refresh:
+            for head, memory in enumerate(self.memories[layer]):
+                received = attention[head].sum(0).tolist()
+                memory.sums = {
+                    p: memory.sums.get(p, 0.0) * s.text_decay + received[p]
+                    for p in memory.stored
+                }
+            if s.reselects and s.num_core_rows < s.num_stored_rows:
+                ranked = [p for p in range(self.num_prompt) if self._competes(p)]
+                for head, memory in enumerate(self.memories[layer]):
+                    memory.core = set(memory.stored)
+                    held = [p for p in ranked if p in memory.stored]
+                    keep = len(held) - (s.num_stored_rows - s.num_core_rows)
+                    ranking = self._scores(layer, head, attention, held, keep)
+                    self._choose(layer, head, "core", held, ranking, keep)
+        self._age(layer)
+
+    def _competes(self, position):
+        if position >= self.settings.num_full_tokens:
+            return False
+        return self.settings.any_token or self.is_vision[position]
+
+    # Ranking.
+
+    def _choose(self, layer, head, which, candidates, scores, keep):
+        """Leave the best `keep` of the candidates in the head's `which`."""
+        order = sorted(candidates, key=lambda p: (-scores[p], p))
+        chosen = self._settle(layer, head, which, order, scores, keep)
+        members = getattr(self.memories[layer][head], which)
+        members -= set(candidates) - chosen
+
+    def _scores(self, layer, head, attention, held, keep):
+        policy = self.settings.policy
+        if policy == "random":
+            ranked = [p for p in range(self.num_prompt) if self._competes(p)]
+            return self.random(layer, self.length, ranked)
+        if policy == "streaming":
+            return {p: (float("inf") if p < 4 else p) for p in held}
+        if policy == "h2o":
+            recent = set(sorted(held)[len(held) - round(0.75 * keep) :])
+            sums = self.memories[layer][head].sums
+            return {p: (float("inf") if p in recent else sums[p]) for p in held}
+        if policy == "snapkv":
+            seen = attention[head].sum(0)[: self.settings.num_full_tokens]
+            pooled = functional.max_pool1d(seen[None], 7, 1, 3)[0].tolist()
+            return {
+                p: (float("inf") if p >= self.num_prompt - 32 else pooled[p])
+                for p in held
+            }
+        reduce = torch.amax if self.settings.reduction == "max" else torch.mean
+        row = reduce(attention.flatten(0, 1), 0)
+        if policy == "fastv" and layer > 1 and self.step == 0:
+            row = self.layer_1
+        self.layer_1 = row
+        return dict(enumerate(row.tolist()))
+
+    def _settle(self, layer, head, which, order, scores, keep):
+        """The best `keep`, or the product's choice among scores too close to call."""
+        ours = set(order[:keep])
+        stored, read = self.product(self.step, layer, head)
+        theirs = set(order) & (stored if which == "stored" else read)
+        if ours == theirs:
+            return ours
+        if self.settings.any_token and self.settings.text_keep < 1 and theirs < ours:
+            # What the product reports has aged since; `_age` compares that.
+            return ours
+        where = f"{which}, step {self.step}, layer {layer}, head {head}"
+        assert len(theirs) == keep, f"{where}: {len(theirs)} tokens, not {keep}"
+        finite = [scores[p] for p in order if scores[p] != float("inf")]
+        differing = [scores[p] for p in ours ^ theirs]
+        gap = max(differing) - min(differing)
+        assert gap <= CLOSE * max(finite), f"{where}: scores differ by {gap}"
+        self.num_ties += 1
+        return theirs
+
+    num_ties = 0
+
+    # Text.
+
+    def _age(self, layer):
+        s = self.settings
+        if s.text_keep >= 1:
+            return
+        text = [
+            p
+            for p in range(self.first_vision, self.length)
+            if p >= self.num_prompt or not self.is_vision[p]
+        ]
+        size = max(_round(s.text_keep, len(text)), s.text_min)
+        num_recent = size - _round(s.text_heavy, size)
+        for head, memory in enumerate(self.memories[layer]):
+            surplus = (len(text) - memory.num_aged - size) // s.block_size
+            surplus *= s.block_size
+            if surplus <= 0:
+                continue
+            held = [p for p in text if p in memory.stored]
+            if s.any_token:
+                held = [p for p in sorted(memory.core) if p >= self.first_vision]
+            recent = set(held[len(held) - num_recent :])
+            scored = [p for p in held if p not in recent and p in memory.sums]
+            unscored = [p for p in held if p not in recent and p not in memory.sums]
+            # The worst first; of equal ones the higher position leaves.
+            order = sorted(scored, key=lambda p: (memory.sums[p], -p)) + unscored
+            gone = self._settle_text(layer, head, order, memory.sums, surplus)
+            memory.num_aged += surplus
+            memory.stored -= gone
+            memory.core -= gone
+            memory.sums = {p: memory.sums[p] for p in memory.sums if p not in gone}
+
+    def _settle_text(self, layer, head, order, sums, surplus):
+        ours = set(order[:surplus])
+        stored, _ = self.product(self.step, layer, head)
+        theirs = set(order) - stored
+        if ours == theirs:
+            return ours
+        where = f"text, step {self.step}, layer {layer}, head {head}"
+        assert len(theirs) == surplus, f"{where}: {len(theirs)} gone, not {surplus}"
+        assert ours ^ theirs <= sums.keys(), f"{where}: unscored tokens differ"
+        differing = [sums[p] for p in ours ^ theirs]
+        gap = max(differing) - min(differing)
+        assert gap <= CLOSE * max(sums.values()), f"{where}: sums differ by {gap}"
+        self.num_ties += 1
+        return theirs
+
+
+def _round(ratio, count):
+    return int((Decimal(str(ratio)) * count).to_integral_value(ROUND_HALF_EVEN))

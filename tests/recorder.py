@@ -1,22 +1,23 @@
-"""A worker extension that remembers which rows each eviction moved."""
+"""A worker extension that remembers which rows were moved."""
 
-from vllm_avl.backend import compaction
+from vllm_avl.backend import layer
 
 SEEN = []
-_original = compaction.moves
+_original = layer.rearrange
 
 
-def _moves(plan, vision_rows, scores):
-    source, target = _original(plan, vision_rows, scores)
-    SEEN.append((source.tolist(), target.tolist()))
-    return source, target
+def _rearrange(rows, labels, start, core_start):
+    of_prompt = rows.start == 0
+    source, target, heads = _original(rows, labels, start, core_start)
+    SEEN.append((of_prompt, source.tolist(), target.tolist()))
+    return source, target, heads
 
 
-compaction.moves = _moves
+layer.rearrange = _rearrange
 
 
 class Recorder:
-    def take_evictions(self):
+    def take_moves(self):
         seen = list(SEEN)
         SEEN.clear()
         return seen

@@ -19,7 +19,30 @@ from vllm_avl.config import AVLConfig, parse_config, parse_overrides
             "observation_window = 0: must be an integer from 1",
         ),
         ({"observation_window": 1.5}, "observation_window = 1.5: must be an integer"),
-        ({"ratio": 0.5}, "ratio: unknown setting; known are vision_store_ratio"),
+        (
+            {"ratio": 0.5},
+            "ratio: unknown setting; known are policy, vision_",
+        ),
+        ({"policy": "best"}, "policy = 'best': must be one of avl, fastv, full, h2o"),
+        ({"policy": []}, "policy = []: must be one of avl"),
+        ({"vision_core_ratio": 0}, "vision_core_ratio = 0: must be a number in (0, 1]"),
+        (
+            {"vision_core_ratio": 0.6},
+            "vision_core_ratio = 0.6: must be at most the store ratio 0.5",
+        ),
+        ({"core_refresh_interval": -1}, "core_refresh_interval = -1: must be an int"),
+        ({"core_refresh_interval": 1.5}, "core_refresh_interval = 1.5: must be an int"),
+        ({"core_refresh_interval": True}, "core_refresh_interval = True: must be an"),
+        ({"text_keep_ratio": 1.1}, "text_keep_ratio = 1.1: must be a number in (0, 1]"),
+        ({"text_heavy_ratio": 0}, "text_heavy_ratio = 0: must be a number in (0, 1]"),
+        ({"text_min_tokens": -3}, "text_min_tokens = -3: must be an integer of at"),
+        ({"text_decay": 2}, "text_decay = 2: must be a number in (0, 1]"),
+        ({"head_reduction": "sum"}, "head_reduction = 'sum': must be mean or max"),
+        (
+            {"refresh_all_ranks": "no"},
+            "refresh_all_ranks = 'no': must be true or",
+        ),
+        ({"introspection": -1}, "introspection = -1: must be an integer from 0 to"),
         ([], "additional_config.avl = []: must be an object"),
     ],
 )
@@ -53,6 +76,11 @@ def test_defaults_and_others_settings():
         ({"avl_store_ratio": True}, "vllm_xargs.avl_store_ratio = True: must be"),
         ({"avl_store_ratio": 0}, "vllm_xargs.avl_store_ratio = 0: must be a number in"),
         ({"avl_store_ratio": "x"}, "vllm_xargs.avl_store_ratio = 'x': must be"),
+        ({"avl_policy": "h20"}, "vllm_xargs.avl_policy = 'h20': must be one of avl, f"),
+        ({"avl_core_ratio": 1.2}, "vllm_xargs.avl_core_ratio = 1.2: must be a number"),
+        ({"avl_refresh_interval": -2}, "vllm_xargs.avl_refresh_interval = -2: must be"),
+        ({"avl_refresh_interval": 2.5}, "avl_refresh_interval = 2.5: must be an int"),
+        ({"avl_text_keep_ratio": "1"}, "avl_text_keep_ratio = '1': must be a number"),
         ({"avl_stor_ratio": 1}, "vllm_xargs.avl_stor_ratio: unknown setting; known"),
     ],
 )
@@ -69,4 +97,45 @@ def test_overrides():
     assert not parse_overrides({"avl": 0}).avl
     assert parse_overrides({"avl_store_ratio": 0.2}).apply(config) == AVLConfig(
         vision_store_ratio=0.2
+    )
+
+
+def test_every_override():
+    arguments = {
+        "avl_policy": "h2o",
+        "avl_store_ratio": 0.4,
+        "avl_core_ratio": 0.2,
+        "avl_refresh_interval": 5,
+        "avl_text_keep_ratio": 0.7,
+    }
+    assert parse_overrides(arguments).apply(AVLConfig()) == AVLConfig(
+        policy="h2o",
+        vision_store_ratio=0.4,
+        vision_core_ratio=0.2,
+        core_refresh_interval=5,
+        text_keep_ratio=0.7,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"avl_core_ratio": 0.6}, "vllm_xargs.avl_core_ratio = 0.6: must be at most"),
+        (
+            {"avl_store_ratio": 0.2},
+            "the server's vision_core_ratio = 0.3: must be at most the store ratio 0.2",
+        ),
+    ],
+    ids=["core-too-large", "store-below-the-servers-core"],
+)
+def test_core_is_a_part_of_what_is_stored(arguments, line):
+    with pytest.raises(ValueError, match="must be at most") as caught:
+        parse_overrides(arguments).apply(AVLConfig(vision_core_ratio=0.3))
+    assert line in str(caught.value)
+
+
+def test_core_follows_the_store_ratio_unless_it_is_set():
+    assert AVLConfig(vision_store_ratio=0.2).core_ratio == 0.2
+    assert (
+        parse_overrides({"avl_store_ratio": 0.1}).apply(AVLConfig()).core_ratio == 0.1
     )

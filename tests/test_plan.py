@@ -4,19 +4,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_avl.config import AVLConfig
 from vllm_avl.plan import ceil_ratio, limit_chunk, make_plan
+
+
+def plan_of(num_tokens, ranges, block_size, ratio, window=1, **settings):
+    settings = {"core_refresh_interval": 0} | settings
+    config = AVLConfig(vision_store_ratio=ratio, observation_window=window, **settings)
+    return make_plan(num_tokens, ranges, block_size, config)
 
 
 def test_counts_of_one_image_between_texts():
     # 5 text, 576 vision, 19 text: 600 tokens are 18 full blocks of 32 and 24 rows.
-    plan = make_plan(600, [(5, 581)], 32, 0.5)
+    plan = plan_of(600, [(5, 581)], 32, 0.5)
     assert plan.num_full_blocks == 18
-    assert plan.vision_ranges == ((5, 576),)
+    assert plan.ranked_ranges == ((5, 576),)
     # 5 text + ceil(571 / 2) = 291 rows, rounded up to 10 blocks.
     assert plan.num_stored_blocks == 10
     assert plan.num_stored_vision == 10 * 32 - 5
-    assert plan.private_from == plan.num_freed_blocks == 8
-    assert plan.num_freed_tokens == 256
+    assert plan.private_from == plan.num_freed_blocks(600) == 8
+    assert plan.num_freed_blocks(599) == 0
 
 
 @pytest.mark.parametrize(
@@ -34,16 +41,16 @@ def test_ratios_are_decimals(ratio, count, expected):
     ids=["all-stored", "no-full-block", "less-than-a-block", "no-vision"],
 )
 def test_nothing_to_free_is_no_plan(num_tokens, ranges, ratio):
-    assert make_plan(num_tokens, ranges, 32, ratio) is None
+    assert plan_of(num_tokens, ranges, 32, ratio) is None
 
 
 def test_window_reaches_back_to_the_last_image_at_most():
-    assert make_plan(600, [(5, 300), (580, 590)], 32, 0.5, 64).num_scoring_rows == 20
-    assert make_plan(600, [(5, 300)], 32, 0.5, 64).num_scoring_rows == 64
+    assert plan_of(600, [(5, 300), (580, 590)], 32, 0.5, 64).num_scoring_rows == 20
+    assert plan_of(600, [(5, 300)], 32, 0.5, 64).num_scoring_rows == 64
 
 
 def test_hits_leave_the_scoring_rows_to_compute():
-    plan = make_plan(640, [(0, 600)], 32, 0.05, 100)
+    plan = plan_of(640, [(0, 600)], 32, 0.05, 100)
     assert plan.num_scoring_rows == 100
     assert plan.max_hit_tokens <= 640 - 100
     assert plan.max_hit_tokens % 32 == 0
@@ -69,7 +76,7 @@ def test_definition(gaps, tail, block_size, ratio, window):
     for text, vision in gaps:
         ranges.append((position + text, position + text + vision))
         position += text + vision
-    plan = make_plan(position + tail, ranges, block_size, ratio, window)
+    plan = plan_of(position + tail, ranges, block_size, ratio, window)
     if plan is None:
         return
     full = plan.num_full_blocks * block_size
@@ -94,7 +101,7 @@ def test_definition(gaps, tail, block_size, ratio, window):
 def test_chunks_end_at_the_prompt_and_hold_the_scoring_rows(
     window, budgets, start_blocks
 ):
-    plan = make_plan(617, [(5, 581)], 32, 0.5, window)
+    plan = plan_of(617, [(5, 581)], 32, 0.5, window)
     computed = min(start_blocks * 32, plan.max_hit_tokens)
     for budget in budgets:
         wanted = min(budget, 700 - computed)
@@ -110,7 +117,7 @@ def test_chunks_end_at_the_prompt_and_hold_the_scoring_rows(
 
 
 def test_a_lone_last_token_waits_for_its_neighbour():
-    plan = make_plan(600, [(5, 581)], 32, 0.5)
+    plan = plan_of(600, [(5, 581)], 32, 0.5)
     assert limit_chunk(plan, 0, 599) == 598
     assert limit_chunk(plan, 598, 1) == 0
     assert limit_chunk(plan, 598, 9) == 2

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from vllm_avl.policies import POLICIES
 
 
 def _no_switch(value: object) -> object:
@@ -22,12 +24,21 @@ def _only_switch(value: object) -> object:
     return value
 
 
+def _only_policy(value: object) -> object:
+    """Refuse names that are not in the registry."""
+    if not isinstance(value, str) or value not in POLICIES:
+        raise ValueError("not a policy")
+    return value
+
+
 Ratio = Annotated[
     float,
     Field(gt=0, le=1, strict=True, allow_inf_nan=False),
     BeforeValidator(_no_switch),
 ]
 Switch = Annotated[bool, BeforeValidator(_only_switch)]
+Count = Annotated[int, Field(ge=0, strict=True), BeforeValidator(_no_switch)]
+PolicyName = Annotated[str, BeforeValidator(_only_policy)]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -38,17 +49,60 @@ REQUEST_PREFIX = "vllm_xargs."
 class AVLConfig(BaseModel):
     """Server-wide settings, from `--additional-config '{"avl": {...}}'`.
 
-    Ratios are fractions kept (the paper's S); method.md of the docs has the symbols.
+    Ratios are fractions kept; docs/method.md has the paper's symbols.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    policy: PolicyName = Field("avl", description="the rule that ranks tokens")
     vision_store_ratio: Ratio = Field(
         0.5, description="vision tokens whose KV cache stays stored after prefill"
     )
-    observation_window: int = Field(
-        1, ge=1, le=256, strict=True, description="last prompt tokens that score vision"
+    vision_core_ratio: Ratio | None = Field(
+        None,
+        description="vision tokens that ordinary decode steps read, at most "
+        "vision_store_ratio; null reads all that is stored",
     )
+    core_refresh_interval: Count = Field(
+        3, description="decode steps between two selections of core; 0 reads all"
+    )
+    text_keep_ratio: Ratio = Field(
+        1.0, description="text tokens kept as they age; 1 evicts no text"
+    )
+    text_heavy_ratio: Ratio = Field(
+        0.7, description="part of the text window for the most attended tokens"
+    )
+    text_min_tokens: Count = Field(20, description="text tokens kept at least")
+    text_decay: Ratio = Field(
+        1.0, description="what a text token's score keeps from one refresh to the next"
+    )
+    head_reduction: Literal["mean", "max"] = Field(
+        "mean", description="how the scores of a layer's heads become one"
+    )
+    observation_window: int | None = Field(
+        None,
+        ge=1,
+        le=256,
+        strict=True,
+        description="last prompt tokens that score; null leaves it to the policy",
+    )
+    refresh_all_ranks: Switch = Field(
+        False, description="tensor parallel: select core by the scores of all ranks"
+    )
+    introspection: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        strict=True,
+        description="finished requests to remember which rows they stored; 0 is off",
+    )
+
+    @property
+    def core_ratio(self) -> float:
+        """`vision_core_ratio`, or all that is stored."""
+        if self.vision_core_ratio is None:
+            return self.vision_store_ratio
+        return self.vision_core_ratio
 
 
 class RequestOverrides(BaseModel):
@@ -57,13 +111,42 @@ class RequestOverrides(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     avl: Switch = Field(True, description="0 serves the request exactly as stock")
+    avl_policy: PolicyName | None = Field(None, description="policy")
     avl_store_ratio: Ratio | None = Field(None, description="vision_store_ratio")
+    avl_core_ratio: Ratio | None = Field(None, description="vision_core_ratio")
+    avl_refresh_interval: Count | None = Field(
+        None, description="core_refresh_interval"
+    )
+    avl_text_keep_ratio: Ratio | None = Field(None, description="text_keep_ratio")
 
     def apply(self, config: AVLConfig) -> AVLConfig:
-        """Return the settings that hold for this request."""
-        if self.avl_store_ratio is None:
+        """Return the settings that hold for this request.
+
+        Raises:
+            ValueError: core would be larger than what is stored.
+        """
+        changes = {
+            setting: value
+            for name, setting in SETTING_OF_OVERRIDE.items()
+            if (value := getattr(self, name)) is not None
+        }
+        if not changes:
             return config
-        return config.model_copy(update={"vision_store_ratio": self.avl_store_ratio})
+        changed = config.model_copy(update=changes)
+        core_is_ours = self.avl_core_ratio is not None
+        name = "avl_core_ratio" if core_is_ours else "vision_core_ratio"
+        prefix = REQUEST_PREFIX if core_is_ours else "the server's "
+        _check_core(changed, f"{prefix}{name}")
+        return changed
+
+
+SETTING_OF_OVERRIDE = {
+    "avl_policy": "policy",
+    "avl_store_ratio": "vision_store_ratio",
+    "avl_core_ratio": "vision_core_ratio",
+    "avl_refresh_interval": "core_refresh_interval",
+    "avl_text_keep_ratio": "text_keep_ratio",
+}
 
 
 def parse_config(additional_config: Mapping[str, Any]) -> AVLConfig:
@@ -78,7 +161,9 @@ def parse_config(additional_config: Mapping[str, Any]) -> AVLConfig:
             f"additional_config.avl = {settings!r}: must be an object such as "
             '{"vision_store_ratio": 0.5}'
         )
-    return _validate(AVLConfig, settings, SERVER_PREFIX)
+    config = _validate(AVLConfig, settings, SERVER_PREFIX)
+    _check_core(config, f"{SERVER_PREFIX}vision_core_ratio")
+    return config
 
 
 def parse_overrides(extra_args: Mapping[str, Any] | None) -> RequestOverrides:
@@ -113,9 +198,34 @@ def _describe(model: type[BaseModel], fault: Any, prefix: str) -> str:
     return f"{prefix}{name} = {value!r}: must be {allowed}"
 
 
+def _check_core(config: AVLConfig, name: str) -> None:
+    if config.core_ratio > config.vision_store_ratio:
+        raise ValueError(
+            f"{name} = {config.core_ratio!r}: must be at most the store ratio "
+            f"{config.vision_store_ratio!r}; core is a part of what is stored"
+        )
+
+
+RATIO = "a number in (0, 1]"
+COUNT = "an integer of at least 0"
+POLICY = f"one of {', '.join(POLICIES)}"
 ALLOWED = {
-    "vision_store_ratio": "a number in (0, 1]",
-    "observation_window": "an integer from 1 to 256",
+    "policy": POLICY,
+    "vision_store_ratio": RATIO,
+    "vision_core_ratio": f"{RATIO}, at most vision_store_ratio, or null",
+    "core_refresh_interval": COUNT,
+    "text_keep_ratio": RATIO,
+    "text_heavy_ratio": RATIO,
+    "text_min_tokens": COUNT,
+    "text_decay": RATIO,
+    "head_reduction": "mean or max",
+    "observation_window": "an integer from 1 to 256, or null",
+    "refresh_all_ranks": "true or false",
+    "introspection": "an integer from 0 to 1024",
     "avl": "0 or 1",
-    "avl_store_ratio": "a number in (0, 1]",
+    "avl_policy": POLICY,
+    "avl_store_ratio": RATIO,
+    "avl_core_ratio": f"{RATIO}, at most the store ratio",
+    "avl_refresh_interval": COUNT,
+    "avl_text_keep_ratio": RATIO,
 }

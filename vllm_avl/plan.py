@@ -1,54 +1,99 @@
-"""Decides how much of a request's vision is stored: the integers both sides agree on.
+"""Decides how much of a request is stored and read: the integers both sides agree on.
 
-The plan follows from prompt length, vision ranges, block size and ratio alone. The
+The plan follows from prompt length, vision ranges, block size and settings alone. The
 scheduler makes it once and sends it to the workers, which decide only WHICH rows stay.
+After that every count is a function of the request's number of tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import ROUND_CEILING, Decimal
+from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Decimal
+
+from vllm_avl.config import AVLConfig
+from vllm_avl.policies import POLICIES
+
+
+@dataclass(frozen=True, slots=True)
+class TextWindow:
+    """How much text stays (the paper's T), for the text behind the first image."""
+
+    keep_ratio: float
+    heavy_ratio: float
+    min_tokens: int
+
+    def size(self, num_text: int) -> int:
+        """Tokens that stay of `num_text`, before rounding to whole blocks."""
+        return max(round_ratio(self.keep_ratio, num_text), self.min_tokens)
+
+    def num_recent(self, num_text: int) -> int:
+        """Most recent tokens, which are in the window whatever their score."""
+        size = self.size(num_text)
+        return size - round_ratio(self.heavy_ratio, size)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What becomes of one request's prompt blocks.
+    """What becomes of one request's blocks.
 
     After the chunk that holds the last prompt token, the kept rows of the full prompt
-    blocks lie in the last `num_stored_blocks` of them; the blocks before are free.
+    blocks lie in the last `num_stored_blocks` of them, and the blocks before are free.
+    Of those, the last `num_core_blocks` hold what an ordinary decode step reads: core
+    and text. Each evicted block of text moves both borders one block on.
     """
 
+    config: AVLConfig
+    """The request's settings."""
     num_prompt_tokens: int
     block_size: int
     num_full_blocks: int
     num_stored_blocks: int
+    num_core_blocks: int
+    """`num_stored_blocks` where every step reads all that is stored."""
     vision_ranges: tuple[tuple[int, int], ...]
-    """Half-open token ranges of the vision tokens inside the full blocks."""
-    num_stored_vision: int
-    """Vision rows kept inside the full blocks: exactly fills `num_stored_blocks`."""
+    """Half-open token ranges of all vision tokens of the prompt."""
     num_scoring_rows: int
-    """Last prompt tokens whose attention ranks the vision tokens."""
+    """Last prompt tokens whose attention ranks the rows."""
+    text_window: TextWindow | None
+    """None where text is never evicted."""
 
     @property
-    def num_freed_blocks(self) -> int:
-        """Blocks at the head of the request that go back to the pool."""
-        return self.num_full_blocks - self.num_stored_blocks
+    def num_full_tokens(self) -> int:
+        """Tokens of the full prompt blocks: those that can be ranked."""
+        return self.num_full_blocks * self.block_size
 
     @property
-    def private_from(self) -> int:
-        """First block that is written again: it and all behind it are never shared."""
-        return self.num_freed_blocks
-
-    @property
-    def num_freed_tokens(self) -> int:
-        """Token slots at the head that are never read again."""
-        return self.num_freed_blocks * self.block_size
+    def ranked_ranges(self) -> tuple[tuple[int, int], ...]:
+        """Half-open token ranges of the vision tokens inside the full blocks."""
+        return clip(self.vision_ranges, self.num_full_tokens)
 
     @property
     def num_vision_tokens(self) -> int:
         """Vision tokens inside the full blocks, kept or not."""
-        return sum(end - start for start, end in self.vision_ranges)
+        return count(self.ranked_ranges)
+
+    @property
+    def num_stored_vision(self) -> int:
+        """Vision tokens stored by a policy that keeps text: fills the stored blocks."""
+        num_evicted = self.num_full_blocks - self.num_stored_blocks
+        return self.num_vision_tokens - num_evicted * self.block_size
+
+    @property
+    def num_core_vision(self) -> int:
+        """Vision tokens in core, for a policy that keeps text."""
+        num_secondary = self.num_stored_blocks - self.num_core_blocks
+        return self.num_stored_vision - num_secondary * self.block_size
+
+    @property
+    def has_core(self) -> bool:
+        """Whether ordinary steps read less than what is stored."""
+        return self.num_core_blocks < self.num_stored_blocks
+
+    @property
+    def private_from(self) -> int:
+        """First block that is written again: it and all behind it are never shared."""
+        return self.num_full_blocks - self.num_stored_blocks
 
     @property
     def max_hit_tokens(self) -> int:
@@ -62,54 +107,119 @@ class Plan:
         ) // self.block_size
         return min(self.private_from, blocks_before_scoring) * self.block_size
 
+    def num_freed_blocks(self, num_tokens: int) -> int:
+        """Blocks at the head that nobody reads once `num_tokens` are computed."""
+        if num_tokens < self.num_prompt_tokens:
+            return 0
+        return self.private_from + self.num_evicted_text_blocks(num_tokens)
+
+    def first_core_block(self, num_tokens: int) -> int:
+        """First block that an ordinary step reads after `num_tokens` computed ones."""
+        return (
+            self.num_freed_blocks(num_tokens)
+            + self.num_stored_blocks
+            - self.num_core_blocks
+        )
+
+    def num_text_tokens(self, num_tokens: int) -> int:
+        """Text tokens that the window counts: all behind the first vision token."""
+        first = self.vision_ranges[0][0]
+        return num_tokens - first - count(self.vision_ranges)
+
+    def num_evicted_text_blocks(self, num_tokens: int) -> int:
+        """Blocks' worth of text rows evicted once `num_tokens` are computed.
+
+        A path-independent form of "when a block's worth of rows is outside of the
+        window, it goes": text outside of the window never shrinks.
+        """
+        if self.text_window is None:
+            return 0
+        num_text = self.num_text_tokens(num_tokens)
+        outside = num_text - self.text_window.size(num_text)
+        return max(outside // self.block_size, 0)
+
+    def refreshes(self, num_computed: int, num_new: int) -> bool:
+        """Whether a step of the answer scores what it reads, and reads all.
+
+        Args:
+            num_computed: tokens computed before the step, at least the prompt's.
+            num_new: tokens of the step; several are the replay of a preempted request.
+        """
+        if not self.has_core and self.text_window is None:
+            return False
+        interval = self.config.core_refresh_interval
+        step = num_computed - self.num_prompt_tokens + 1
+        return num_new > 1 or interval <= 1 or step % interval == 0
+
 
 def make_plan(
     num_prompt_tokens: int,
     vision_ranges: Sequence[tuple[int, int]],
     block_size: int,
-    store_ratio: float,
-    observation_window: int = 1,
+    config: AVLConfig,
 ) -> Plan | None:
-    """Plan one request, or return None where no block would come free.
+    """Plan one request, or return None where nothing would be saved.
 
     Args:
         num_prompt_tokens: length of the prompt, vision placeholders included.
-        vision_ranges: half-open, ascending, disjoint ranges of embedded vision tokens.
+        vision_ranges: half-open, ascending, disjoint ranges of embedded vision tokens,
+            at least one.
         block_size: tokens a KV block holds.
-        store_ratio: fraction of the vision tokens to store (the paper's S).
-        observation_window: last prompt tokens that score.
+        config: the request's settings.
     """
     num_full_blocks = num_prompt_tokens // block_size
-    num_full_tokens = num_full_blocks * block_size
-    ranges = tuple(
-        (start, min(end, num_full_tokens))
-        for start, end in vision_ranges
-        if start < min(end, num_full_tokens)
-    )
-    num_vision = sum(end - start for start, end in ranges)
-    num_text = num_full_tokens - num_vision
-    num_kept = num_text + ceil_ratio(store_ratio, num_vision)
-    num_stored_blocks = -(-num_kept // block_size)
-    if num_stored_blocks == num_full_blocks:
+    num_vision = count(clip(vision_ranges, num_full_blocks * block_size))
+    num_text = num_full_blocks * block_size - num_vision
+
+    def blocks(ratio: float) -> int:
+        return -(-(num_text + ceil_ratio(ratio, num_vision)) // block_size)
+
+    num_stored_blocks = num_core_blocks = blocks(config.vision_store_ratio)
+    if config.core_refresh_interval > 1:
+        num_core_blocks = blocks(config.core_ratio)
+    window = None
+    if config.text_keep_ratio < 1:
+        window = TextWindow(
+            config.text_keep_ratio, config.text_heavy_ratio, config.text_min_tokens
+        )
+    if window is None and num_core_blocks == num_full_blocks:
         return None
     return Plan(
+        config=config,
         num_prompt_tokens=num_prompt_tokens,
         block_size=block_size,
         num_full_blocks=num_full_blocks,
         num_stored_blocks=num_stored_blocks,
-        vision_ranges=ranges,
-        num_stored_vision=num_stored_blocks * block_size - num_text,
+        num_core_blocks=num_core_blocks,
+        vision_ranges=tuple(vision_ranges),
         # From the last image on at most: its encoder output is then the only one
         # that the last chunk can be waiting for.
         num_scoring_rows=min(
-            observation_window, num_prompt_tokens - vision_ranges[-1][0]
+            config.observation_window or POLICIES[config.policy].window,
+            num_prompt_tokens - vision_ranges[-1][0],
         ),
+        text_window=window,
     )
+
+
+def clip(ranges: Sequence[tuple[int, int]], end: int) -> tuple[tuple[int, int], ...]:
+    """Cut half-open ranges at `end`; what lies behind it goes."""
+    return tuple((a, min(b, end)) for a, b in ranges if a < min(b, end))
+
+
+def count(ranges: Sequence[tuple[int, int]]) -> int:
+    """Tokens in half-open, disjoint ranges."""
+    return sum(end - start for start, end in ranges)
 
 
 def ceil_ratio(ratio: float, count: int) -> int:
     """ceil(ratio · count) with the ratio read as the decimal a person wrote."""
     return int((Decimal(str(ratio)) * count).to_integral_value(ROUND_CEILING))
+
+
+def round_ratio(ratio: float, count: int) -> int:
+    """Round ratio · count half to even, with the ratio read as `ceil_ratio` does."""
+    return int((Decimal(str(ratio)) * count).to_integral_value(ROUND_HALF_EVEN))
 
 
 def limit_chunk(plan: Plan, num_computed_tokens: int, num_new_tokens: int) -> int:

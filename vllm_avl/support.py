@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_avl.config import AVLConfig
+from vllm_avl.policies import POLICIES
 
 BACKEND = "--attention-backend avl"
 WAY_OUT = f"or start without {BACKEND}"
@@ -98,13 +99,15 @@ def check_config(vllm_config: Any, avl_config: AVLConfig) -> None:
 def _check_chunks(scheduler_config: Any, avl_config: AVLConfig) -> None:
     # The last chunk of a prompt holds every scoring row; a step must have room for it
     # beside one token of every other request.
-    last_chunk = max(avl_config.observation_window, 2)
+    # A request may ask for any policy.
+    window = avl_config.observation_window or max(p.window for p in POLICIES.values())
+    last_chunk = max(window, 2)
     needed = scheduler_config.max_num_seqs + last_chunk - 1
     if scheduler_config.max_num_batched_tokens < needed:
         raise UnsupportedError(
             f"{BACKEND} needs --max-num-batched-tokens of at least {needed} "
             f"(--max-num-seqs {scheduler_config.max_num_seqs} and observation_window "
-            f"{avl_config.observation_window}), not "
+            f"{window}), not "
             f"{scheduler_config.max_num_batched_tokens}; raise it, {WAY_OUT}"
         )
     threshold = scheduler_config.long_prefill_token_threshold

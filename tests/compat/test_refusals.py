@@ -44,7 +44,7 @@ def start(checkpoints, **options):
         ({"worker_cls": "my.Worker"}, "drop --worker-cls"),
         (
             {"max_num_batched_tokens": 64, "max_num_seqs": 64},
-            "needs --max-num-batched-tokens of at least 65",
+            "needs --max-num-batched-tokens of at least 95",
         ),
         (
             {
@@ -138,7 +138,7 @@ def test_the_supported_configuration_starts():
         ({"cache_config__kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
         (
             {"scheduler_config__long_prefill_token_threshold": 1},
-            "--long-prefill-token-threshold of at least 2",
+            "--long-prefill-token-threshold of at least 32",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

@@ -16,7 +16,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_avl.backend.step import WorkerPlans
+from vllm_avl.backend.step import WorkerRequests
 from vllm_avl.backend.view import make_view
 from vllm_avl.compat.scheduler import AVLAsyncScheduler, received_plans
 from vllm_avl.testing.engine import check_integrity
@@ -24,10 +24,22 @@ from vllm_avl.testing.engine import check_integrity
 BLOCK_SIZE = 32
 
 
-@pytest.fixture
-def scheduler(engines):
-    core = engines(avl={"vision_store_ratio": 0.3}).core
+SETTINGS = {
+    "store": {"vision_store_ratio": 0.3},
+    "store-core-text": {
+        "vision_store_ratio": 0.3,
+        "vision_core_ratio": 0.1,
+        "text_keep_ratio": 0.3,
+        "text_min_tokens": 8,
+    },
+}
+
+
+@pytest.fixture(params=SETTINGS)
+def scheduler(request, engines):
+    core = engines().core
     config = copy.deepcopy(core.vllm_config)
+    config.additional_config = {"avl": SETTINGS[request.param]}
     config.scheduler_config.async_scheduling = True
     config.scheduler_config.max_num_batched_tokens = 300
     kv_cache_config = copy.deepcopy(core.scheduler.kv_cache_config)
@@ -70,14 +82,17 @@ class FakeWorker:
     """What a worker knows of the requests, from scheduler outputs alone."""
 
     def __init__(self):
-        self.plans = WorkerPlans()
+        self.requests = WorkerRequests()
         self.tables = {}
         self.num_compacted = 0
 
     def execute(self, output, held):
         """Take one step; `held` maps request ids to the blocks they hold now."""
-        dropped = output.finished_req_ids | (output.preempted_req_ids or set())
-        self.plans.update(dropped, received_plans(output))
+        self.requests.update(
+            output.finished_req_ids,
+            output.preempted_req_ids or (),
+            received_plans(output),
+        )
         for new in output.scheduled_new_reqs:
             self.tables[new.req_id] = [list(new.block_ids[0]), new.num_computed_tokens]
         cached = output.scheduled_cached_reqs
@@ -97,15 +112,15 @@ class FakeWorker:
 
     def read(self, request_id, num_tokens, held):
         table, computed = self.tables[request_id]
-        plan = self.plans.plans.get(request_id)
+        state = self.requests.running.get(request_id)
         view = make_view(
-            [(0, plan)] if plan else [],
+            [(0, state)] if state else [],
             torch.tensor([table], dtype=torch.int32),
             torch.tensor([computed + num_tokens], dtype=torch.int32),
             torch.tensor([0, num_tokens]),
             BLOCK_SIZE,
         )
-        self.num_compacted += len(view.compactions)
+        self.num_compacted += sum(task.compacts for task in view.tasks)
         num_blocks = -(-int(view.seq_lens[0]) // BLOCK_SIZE)
         read = view.block_table[0, :num_blocks].tolist()
         # None: finished, aborted or preempted while the step was in flight.
@@ -146,7 +161,7 @@ def test_one_step_ahead(scheduler, seed):
         assert step < 3000
         if step < 30 and rng.random() < 0.4:
             scheduler.add_request(
-                request(f"{added}", rng.randint(0, 2), rng.choice([1, 5, 60]))
+                request(f"{added}", rng.randint(0, 2), rng.choice([1, 5, 60, 150]))
             )
             added += 1
         if rng.random() < 0.03 and scheduler.running:

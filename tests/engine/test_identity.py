@@ -1,4 +1,4 @@
-"""Off or S = 1 is token-identical to stock vLLM, in the same process, in every mode."""
+"""Off or S = C = T = 1 is token-identical to stock vLLM, in every mode."""
 
 from dataclasses import replace
 
@@ -30,7 +30,8 @@ MODES = {
 def pair(request, engines):
     options = MODES[request.param]
     stock = engines(avl=None, **options)
-    return stock, engines(avl={"vision_store_ratio": 1.0}, **options)
+    settings = dict.fromkeys(("vision_store_ratio", "vision_core_ratio"), 1.0)
+    return stock, engines(avl=settings | {"text_keep_ratio": 1}, **options)
 
 
 def test_greedy_batch(pair):
@@ -57,6 +58,7 @@ def test_off_by_request(engines):
     expected = stock.ask(ASKS)
     assert ours.ask(with_xargs(avl=0)) == expected
     assert ours.ask(with_xargs(avl_store_ratio=1)) == expected
+    assert ours.ask(with_xargs(avl_policy="full")) == expected
 
 
 def test_text_only_and_single_token_are_stock(engines):

@@ -20,7 +20,14 @@ QUESTIONS = [
     Ask(images, text, length, xargs, prefix)
     for images in ((), (1,), (2,), (1, 3), (2, 3))
     for text, length in (("Why?", 3), ("What do you see? At length.", 90))
-    for xargs in ((), (("avl", 0),), (("avl_store_ratio", 0.2),))
+    for xargs in (
+        (),
+        (("avl", 0),),
+        (("avl_store_ratio", 0.2),),
+        (("avl_core_ratio", 0.2),),
+        (("avl_core_ratio", 0.1), ("avl_text_keep_ratio", 0.3)),
+        (("avl_policy", "h2o"), ("avl_store_ratio", 0.3), ("avl_core_ratio", 0.2)),
+    )
     for prefix in ("", "A system prompt that is longer than a block of tokens. ")
 ]
 
@@ -46,25 +53,34 @@ def expected(engine):
 
 
 def test_random_sequences(engine, expected):
-    preempted = set()
+    preempted, replayed = set(), set()
     original = engine.scheduler._preempt_request
 
     def preempt(request, *args, **kwargs):
         preempted.add(request.request_id)
+        replayed.add(request.request_id.split("-")[0])
         return original(request, *args, **kwargs)
 
     engine.scheduler._preempt_request = preempt
     aborted = finished = 0
     for seed in range(NUM_SEQUENCES):
+        replayed.clear()
         asked, answers, dropped = play(engine, random.Random(seed))
         for request_id, tokens in answers.items():
-            assert tokens == expected[asked[request_id]], (seed, asked[request_id])
+            ask = asked[request_id]
+            # A replay of core and text is defined otherwise: test_replay.py has it.
+            if request_id not in replayed or not selects(ask):
+                assert tokens == expected[ask], (seed, ask)
         assert set(answers) | dropped == set(asked)
         aborted += len(dropped)
         finished += len(answers)
         pool = engine.scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, seed
     assert min(len(preempted), aborted, finished) > 20, "the sequences are too tame"
+
+
+def selects(ask):
+    return {"avl_core_ratio", "avl_text_keep_ratio"} & dict(ask.xargs).keys()
 
 
 def play(engine, rng):

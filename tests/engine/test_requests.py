@@ -20,6 +20,13 @@ MODES = {
     "chunks-smaller-than-an-image": {"max_num_batched_tokens": 200},
     "block-128": {"block_size": 128},
     "window-32": {"avl": S | {"observation_window": 32}},
+    "core": {"avl": S | {"vision_core_ratio": 0.1}},
+    "core-text": {
+        "avl": S
+        | {"vision_core_ratio": 0.1, "text_keep_ratio": 0.3, "text_min_tokens": 8},
+        "max_num_batched_tokens": 500,
+    },
+    "h2o": {"avl": S | {"policy": "h2o", "vision_core_ratio": 0.1}},
 }
 
 
@@ -136,8 +143,8 @@ def test_blocks_come_free_after_prefill(engine):
             held.append(sum(not block.is_null for block in blocks))
             (plan,) = manager.plans.values()
     freed = max(held) - min(held[held.index(max(held)) :])
-    assert plan.num_freed_blocks > 0.5 * plan.num_full_blocks
-    assert freed >= plan.num_freed_blocks
+    assert plan.private_from > 0.5 * plan.num_full_blocks
+    assert freed >= plan.private_from
 
 
 def test_preemption(engines):

@@ -12,7 +12,8 @@ ASKS = [
     Ask((2, 3), "Compare the two.", 20),
     Ask((), "No picture.", 8),
 ]
-WHOLE = [Ask(a.images, a.text, a.max_tokens, (("avl_store_ratio", 1),)) for a in ASKS]
+ALL = (("avl_store_ratio", 1), ("avl_core_ratio", 1))
+WHOLE = [Ask(a.images, a.text, a.max_tokens, ALL) for a in ASKS]
 
 
 @pytest.fixture
@@ -41,22 +42,32 @@ def start(checkpoints, monkeypatch):
 
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
-def test_two_ranks_keep_what_one_keeps(start):
-    settings = {"vision_store_ratio": 0.3}
+def test_two_ranks_keep_and_read_what_one_does(start):
+    settings = {
+        "vision_store_ratio": 0.3,
+        "vision_core_ratio": 0.1,
+        "refresh_all_ranks": True,
+    }
     one = start(1, settings)
     expected, whole = one.ask(ASKS), one.ask(WHOLE)
-    (evictions,) = one.llm.collective_rpc("take_evictions")
-    assert len(evictions) == 2 * 4
+    (moves,) = one.llm.collective_rpc("take_moves")
+    # Two adaptive requests, four layers: the prompt, and a refresh at 3, 6, ... 18.
+    assert len(moves) == 2 * 4 * 7
     one.shutdown()
 
     two = start(2, settings)
     assert two.ask(ASKS) == expected
     assert two.ask(ASKS) == expected
-    first, second = two.llm.collective_rpc("take_evictions")
+    first, second = two.llm.collective_rpc("take_moves")
     assert first == second
-    assert first[: len(evictions)] == evictions
+    assert prompts_of(first)[:8] == prompts_of(moves)
     assert two.ask(WHOLE) == whole
     two.shutdown()
 
     stock = start(2, None)
     assert stock.ask(ASKS) == whole
+
+
+def prompts_of(moves):
+    """What was moved at the end of prompts: scores far enough from ties to compare."""
+    return [move for move in moves if move[0]]

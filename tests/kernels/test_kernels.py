@@ -48,7 +48,7 @@ SHAPES = [
     ("num_tokens", "num_rows", "num_heads", "num_kv_heads", "head_size", "block_size"),
     SHAPES,
 )
-def test_vision_scores_error_is_at_most_twice_eager(
+def test_attention_scores_error_is_at_most_twice_eager(
     num_tokens,
     num_rows,
     num_heads,
@@ -63,21 +63,53 @@ def test_vision_scores_error_is_at_most_twice_eager(
         num_tokens, num_kv_heads, head_size, block_size, dtype, by_column=True
     )
     query = torch.randn(num_rows, num_heads, head_size).to(dtype)
-    vision = torch.arange(0, num_tokens, 2)
-    arguments = (blocks, num_tokens, vision, head_size**-0.5, soft_cap)
-    exact = reference.vision_scores(query.double(), keys, *arguments)
-    eager = reference.vision_scores(query, keys, *arguments)
-    ours = kernels.vision_scores(query, keys, *arguments)
+    arguments = (blocks, num_tokens, head_size**-0.5, soft_cap)
+    exact = reference.attention_scores(query.double(), keys, *arguments)
+    eager = reference.attention_scores(query, keys, *arguments)
+    ours = kernels.attention_scores(query, keys, *arguments)
     # Two ulps of fp32 where eager happens to be exact.
     budget = 2 * (eager.double() - exact).abs().max() + 2e-7 * exact.abs().max()
     assert (ours.double() - exact).abs().max() <= budget
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("soft_cap", [0.0, 5.0])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_rows", "num_heads", "num_kv_heads", "head_size", "block_size"),
+    SHAPES,
+)
+def test_scored_attention_error_is_at_most_twice_eager(
+    num_tokens,
+    num_rows,
+    num_heads,
+    num_kv_heads,
+    head_size,
+    block_size,
+    soft_cap,
+    dtype,
+):
+    torch.manual_seed(0)
+    keys, blocks = paged(
+        num_tokens, num_kv_heads, head_size, block_size, dtype, by_column=True
+    )
+    torch.manual_seed(0)
+    values, same_blocks = paged(num_tokens, num_kv_heads, head_size, block_size, dtype)
+    assert torch.equal(blocks, same_blocks)
+    query = torch.randn(num_heads, head_size).to(dtype)
+    arguments = (keys, values, blocks, num_tokens, head_size**-0.5, soft_cap)
+    exact = reference.scored_attention(query.double(), *arguments)
+    eager = reference.scored_attention(query, *arguments)
+    ours = kernels.scored_attention(query, *arguments)
+    for mine, theirs, truth in zip(ours, eager, exact, strict=True):
+        budget = 2 * (theirs.double() - truth).abs().max() + 4e-7 * truth.abs().max()
+        assert (mine.double() - truth).abs().max() <= budget
 
 
 def test_scores_of_all_tokens_sum_to_rows_times_heads():
     torch.manual_seed(0)
     keys, blocks = paged(150, 2, 64, 32, torch.float32)
     query = torch.randn(5, 4, 64)
-    scores = kernels.vision_scores(query, keys, blocks, 150, torch.arange(150), 0.1)
+    scores = kernels.attention_scores(query, keys, blocks, 150, 0.1)
     assert scores.sum().item() == pytest.approx(5 * 4, rel=1e-5)
 
 
@@ -85,10 +117,9 @@ def test_a_row_does_not_see_its_future():
     torch.manual_seed(0)
     keys, blocks = paged(64, 1, 32, 32, torch.float32)
     query = torch.randn(2, 1, 32)
-    last = torch.tensor([63])
-    both = kernels.vision_scores(query, keys, blocks, 64, last, 1.0)
-    only_last = kernels.vision_scores(query[1:], keys, blocks, 64, last, 1.0)
-    assert both.item() == pytest.approx(only_last.item(), rel=1e-6)
+    both = kernels.attention_scores(query, keys, blocks, 64, 1.0)
+    only_last = kernels.attention_scores(query[1:], keys, blocks, 64, 1.0)
+    assert both[0, 63].item() == pytest.approx(only_last[0, 63].item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("by_column", [False, True])
@@ -107,6 +138,20 @@ def test_compact_blocks_equals_reference(source, target, by_column):
     keys, blocks = paged(96, 2, 64, 32, torch.bfloat16, by_column)
     values = torch.randn(keys.shape).to(torch.bfloat16)
     moves = (torch.tensor(source).long(), torch.tensor(target).long())
+    expected = keys.clone(), values.clone()
+    reference.compact_blocks(*expected, blocks, *moves)
+    kernels.compact_blocks(keys, values, blocks, *moves)
+    for ours, theirs in zip((keys, values), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("by_column", [False, True])
+def test_heads_move_on_their_own(by_column):
+    torch.manual_seed(0)
+    keys, blocks = paged(96, 3, 64, 32, torch.float32, by_column)
+    values = torch.randn(keys.shape)
+    source, target = torch.tensor([0, 5, 40, 33]), torch.tensor([70, 64, 0, 5])
+    moves = (source, target, torch.tensor([0, 2, 2, 1]))
     expected = keys.clone(), values.clone()
     reference.compact_blocks(*expected, blocks, *moves)
     kernels.compact_blocks(keys, values, blocks, *moves)

@@ -7,7 +7,11 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
-from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.distributed import (
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -17,19 +21,23 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_avl.backend.compaction import compact_layer
 from vllm_avl.backend.cpu_layout import KEYS_BY_COLUMN, split_cache
+from vllm_avl.backend.layer import Layer
+from vllm_avl.backend.ranks import Ranks
+from vllm_avl.backend.request import Task
 from vllm_avl.backend.step import current_step
-from vllm_avl.backend.view import Compaction, make_view
+from vllm_avl.backend.view import make_view
 from vllm_avl.cache.spec import AVLSpec, adapt
 from vllm_avl.support import check_layer, check_spec
+
+RANKS = Ranks(tensor_model_parallel_all_reduce, tensor_model_parallel_all_gather)
 
 
 @dataclass
 class AVLMetadata(CPUAttentionMetadata):
-    """Metadata over the stored tails, and who compacts after this step's attention."""
+    """Metadata over what is read, and who has work after this step's attention."""
 
-    compactions: list[Compaction] = field(default_factory=list)
+    tasks: list[Task] = field(default_factory=list)
 
 
 class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -57,11 +65,11 @@ class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> CPUAttentionMetadata:
         """Build the metadata; a step without adaptive requests is stock's."""
         step = current_step()
-        row_plans = step.row_plans() if step is not None else []
-        if not row_plans:
+        row_states = step.row_states() if step is not None else []
+        if not row_states:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         view = make_view(
-            row_plans,
+            row_states,
             common_attn_metadata.block_table_tensor,
             common_attn_metadata.seq_lens,
             common_attn_metadata.query_start_loc_cpu,
@@ -73,11 +81,11 @@ class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
             max_seq_len=int(view.seq_lens.max()),
         )
         metadata = super().build(common_prefix_len, shifted, fast_build)
-        return AVLMetadata(**vars(metadata), compactions=view.compactions)
+        return AVLMetadata(**vars(metadata), tasks=view.tasks)
 
 
 class AVLImpl(CPUAttentionBackendImpl):
-    """vLLM's CPU attention, then eviction where a prompt has just ended."""
+    """vLLM's CPU attention, then selection and eviction where they are due."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -100,7 +108,7 @@ class AVLImpl(CPUAttentionBackendImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend as stock does over the metadata's blocks, then compact."""
+        """Attend as stock does over the metadata's blocks, then perform the tasks."""
         output = super().forward(
             layer,
             query,
@@ -112,22 +120,20 @@ class AVLImpl(CPUAttentionBackendImpl):
             output_scale,
             output_block_scale,
         )
-        if isinstance(attn_metadata, AVLMetadata) and attn_metadata.compactions:
-            keys, values = split_cache(kv_cache, self.head_size)
-            compact_layer(
-                attn_metadata.compactions,
-                query,
-                keys,
-                values,
-                self.scale,
-                self.logits_soft_cap,
-                tensor_model_parallel_all_reduce,
-            )
+        if isinstance(attn_metadata, AVLMetadata) and attn_metadata.tasks:
+            ours = self._view(layer, kv_cache)
+            for task in attn_metadata.tasks:
+                ours.perform(task, query, output)
         return output
+
+    def _view(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> Layer:
+        keys, values = split_cache(kv_cache, self.head_size)
+        index = extract_layer_index(layer.layer_name)  # type: ignore[attr-defined]
+        return Layer(index, keys, values, self.scale, self.logits_soft_cap, RANKS)
 
 
 class AVLBackend(CPUAttentionBackend):
-    """CPU_ATTN whose vision tokens are evicted after prefill."""
+    """CPU_ATTN that stores and reads what matters."""
 
     supported_kv_cache_dtypes: ClassVar[list] = ["auto"]
 

@@ -1,4 +1,4 @@
-"""What a step's attention reads: shifted block tables, and the rows that compact."""
+"""What a step's attention reads: shifted block tables, and who has work for later."""
 
 from __future__ import annotations
 
@@ -7,20 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_avl.plan import Plan
-
-
-@dataclass(frozen=True)
-class Compaction:
-    """One request whose prompt ends in this step."""
-
-    plan: Plan
-    query_end: int
-    """Index in the step's tokens just behind the request's last prompt token."""
-    blocks: torch.Tensor
-    """[cdiv(num_prompt_tokens, block_size)] block ids of the prompt, int64."""
-    vision_rows: torch.Tensor
-    """[num_vision_tokens] prompt positions of the ranked vision tokens, int64."""
+from vllm_avl.backend.request import RequestState, Task
 
 
 @dataclass(frozen=True)
@@ -31,55 +18,54 @@ class StepView:
     """[num_reqs, max_blocks] int32."""
     seq_lens: torch.Tensor
     """[num_reqs] int32."""
-    compactions: list[Compaction]
+    tasks: list[Task]
 
 
 def make_view(
-    row_plans: Sequence[tuple[int, Plan]],
+    row_states: Sequence[tuple[int, RequestState]],
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     query_start_loc: torch.Tensor,
     block_size: int,
 ) -> StepView:
-    """Shift every compacted request to its stored tail, and find who compacts now.
+    """Shift every adaptive request to the tail it reads, and find who has work.
 
     The shift depends on the tokens computed before the step alone: the scheduler has
-    given the head blocks away, and their ids in the table belong to others.
+    given the blocks in front of it away, and their ids in the table belong to others.
 
     Args:
-        row_plans: batch rows that have a plan.
+        row_states: batch rows that are adaptive.
         block_table: [num_reqs, max_blocks], never written.
         seq_lens: [num_reqs] tokens at the end of the step, never written.
         query_start_loc: [num_reqs + 1] on the CPU.
         block_size: the kernel's block size, a divisor of the plans'.
     """
-    shifted_table, shifted_lens = block_table, seq_lens
-    compactions = []
+    shifted_table, shifted_lens = block_table.clone(), seq_lens.clone()
+    ids = block_table.to(torch.int64)
+    tasks = []
     # Read whole: a look at one element of a tensor costs as much as all of them.
     query_starts, lens = query_start_loc.tolist(), seq_lens.tolist()
-    for row, plan in row_plans:
+    for row, state in row_states:
         query_start, query_end = query_starts[row : row + 2]
-        seq_len = lens[row]
-        num_computed = seq_len - (query_end - query_start)
-        if num_computed >= plan.num_prompt_tokens:
-            if shifted_table is block_table:
-                shifted_table, shifted_lens = block_table.clone(), seq_lens.clone()
-            skip = plan.num_freed_tokens // block_size
-            shifted_table[row, : block_table.shape[1] - skip] = block_table[row, skip:]
-            shifted_lens[row] = seq_len - plan.num_freed_tokens
-        elif seq_len >= plan.num_prompt_tokens:
-            assert seq_len == plan.num_prompt_tokens, "a chunk crossed the prompt"
-            compactions.append(
-                _compaction(plan, query_end, block_table[row], block_size)
-            )
-    return StepView(shifted_table, shifted_lens, compactions)
-
-
-def _compaction(
-    plan: Plan, query_end: int, blocks: torch.Tensor, block_size: int
-) -> Compaction:
-    num_blocks = -(-plan.num_prompt_tokens // block_size)
-    ranges = [torch.arange(start, end) for start, end in plan.vision_ranges]
-    return Compaction(
-        plan, query_end, blocks[:num_blocks].to(torch.int64), torch.cat(ranges)
-    )
+        num_tokens = lens[row]
+        plan, num_computed = state.plan, num_tokens - (query_end - query_start)
+        if num_tokens < plan.num_prompt_tokens:
+            continue
+        num_blocks = -(-num_tokens // block_size)
+        blocks = ids[row, :num_blocks]
+        task = Task(state, query_start, query_end, num_computed, num_tokens, blocks)
+        state.record(num_tokens, task.scores)
+        if task.has_work:
+            tasks.append(task)
+        if task.compacts:
+            assert num_tokens == plan.num_prompt_tokens, "a chunk crossed the prompt"
+            continue
+        skip = task.first_read_token // block_size
+        if task.scores_while_attending:
+            # Attended by `scored_attention`; the kernel is given one key, not all.
+            skip = num_blocks - 1
+        shifted_table[row, : num_blocks - skip] = blocks[skip:]
+        shifted_lens[row] = (
+            1 if task.scores_while_attending else num_tokens - skip * block_size
+        )
+    return StepView(shifted_table, shifted_lens, tasks)

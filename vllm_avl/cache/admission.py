@@ -6,6 +6,7 @@ from vllm.v1.request import Request
 
 from vllm_avl.config import AVLConfig, parse_overrides
 from vllm_avl.plan import Plan, make_plan
+from vllm_avl.policies import POLICIES
 
 VISION_MODALITIES = ("image", "video")
 
@@ -13,9 +14,9 @@ VISION_MODALITIES = ("image", "video")
 def plan_request(request: Request, config: AVLConfig, block_size: int) -> Plan | None:
     """Plan `request`, or return None where it is served exactly as stock.
 
-    Stock are: no vision tokens, nothing to free, one output token (scoring, beam
-    search, prefill only), pooling, resumable streaming sessions, `avl: 0`. Requests
-    with n > 1 reach the scheduler with `avl: 0`.
+    Stock are: no vision tokens, nothing to save, one output token (scoring, beam
+    search, prefill only), pooling, resumable streaming sessions, `avl: 0`, the policy
+    `full`. Requests with n > 1 reach the scheduler with `avl: 0`.
     """
     params = request.sampling_params
     if params is None or params.max_tokens == 1 or request.resumable:
@@ -25,13 +26,9 @@ def plan_request(request: Request, config: AVLConfig, block_size: int) -> Plan |
     if not overrides.avl or not ranges:
         return None
     config = overrides.apply(config)
-    return make_plan(
-        request.num_prompt_tokens,
-        ranges,
-        block_size,
-        config.vision_store_ratio,
-        config.observation_window,
-    )
+    if not POLICIES[config.policy].adapts:
+        return None
+    return make_plan(request.num_prompt_tokens, ranges, block_size, config)
 
 
 def vision_ranges(request: Request) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Frees the head of a compacted prompt and keeps what is written from being shared."""
+"""Frees what a request has evicted and keeps what is written from being shared."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class AVLManager(FullAttentionManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.plans: dict[str, Plan] = {}
-        self._compacting: dict[str, Request] = {}
+        self._evicting: dict[str, Request] = {}
 
     def admit(self, request: Request, plan: Plan) -> None:
         """Hold `request` to `plan` until its blocks are freed."""
         self.plans[request.request_id] = plan
-        self._compacting[request.request_id] = request
+        self._evicting[request.request_id] = request
 
     def take_compactions(self, scheduled: dict[str, int]) -> dict[str, Plan]:
         """Return the plans of the requests whose prompt ends in the scheduled step.
@@ -38,7 +38,7 @@ class AVLManager(FullAttentionManager):
             scheduled: number of tokens scheduled in the step, by request id.
         """
         compactions = {}
-        for request_id, request in self._compacting.items():
+        for request_id, request in self._evicting.items():
             num_scheduled = scheduled.get(request_id, 0)
             computed = request.num_computed_tokens
             plan = self.plans[request_id]
@@ -49,8 +49,8 @@ class AVLManager(FullAttentionManager):
         return compactions
 
     def new_step_starts(self) -> None:
-        """Free what settled steps have compacted before anybody asks for blocks."""
-        for request_id, request in list(self._compacting.items()):
+        """Free what settled steps have evicted before anybody asks for blocks."""
+        for request_id, request in list(self._evicting.items()):
             settled = request.num_computed_tokens - request.num_in_flight_tokens
             self._release(request_id, settled)
 
@@ -60,8 +60,8 @@ class AVLManager(FullAttentionManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        """Free the head blocks once the step that compacted them is settled."""
-        if request_id in self._compacting:
+        """Free the head blocks once the step that evicted them is settled."""
+        if request_id in self._evicting:
             self._release(request_id, processed_computed_tokens)
 
     def cache_blocks(
@@ -86,14 +86,15 @@ class AVLManager(FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request and return its blocks."""
         self.plans.pop(request_id, None)
-        self._compacting.pop(request_id, None)
+        self._evicting.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def _release(self, request_id: str, num_settled_tokens: int) -> None:
         plan = self.plans[request_id]
-        if num_settled_tokens >= plan.num_prompt_tokens:
-            self._remove_blocks_in_range(request_id, 0, plan.num_freed_blocks)
-            del self._compacting[request_id]
+        freed = plan.num_freed_blocks(num_settled_tokens)
+        self._remove_blocks_in_range(request_id, 0, freed)
+        if num_settled_tokens >= plan.num_prompt_tokens and plan.text_window is None:
+            del self._evicting[request_id]
 
     def _assert_writable(self, request_id: str, plan: Plan) -> None:
         blocks = self.req_to_blocks[request_id]

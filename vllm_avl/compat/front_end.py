@@ -11,7 +11,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
 from vllm_avl.compat.platform import is_chosen
-from vllm_avl.config import parse_overrides
+from vllm_avl.config import parse_config, parse_overrides
 
 
 def check_request(original: Callable[..., EngineCoreRequest]) -> Callable[..., Any]:
@@ -24,7 +24,8 @@ def check_request(original: Callable[..., EngineCoreRequest]) -> Callable[..., A
         if not is_chosen(self.vllm_config) or not isinstance(params, SamplingParams):
             return original(self, request_id, prompt, params, *args, **kwargs)
         try:
-            parse_overrides(params.extra_args)
+            config = parse_config(self.vllm_config.additional_config)
+            parse_overrides(params.extra_args).apply(config)
         except ValueError as error:
             _forget_pictures(self, prompt)
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from None

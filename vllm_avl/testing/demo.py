@@ -63,18 +63,6 @@ class Measurement:
     held_blocks: dict[int, int] = field(default_factory=dict)
     """Blocks held, by the number of answer tokens that were there at that time."""
 
-    def held_at(self, length: int) -> int | None:
-        """Return the blocks held at `length` answer tokens, None where not known.
-
-        A growing answer never gives blocks back: where the samples before and behind
-        agree, they hold in between.
-        """
-        before = [held for at, held in self.held_blocks.items() if at <= length]
-        behind = [held for at, held in self.held_blocks.items() if at >= length]
-        if not before or not behind or max(before) != min(behind):
-            return None
-        return max(before)
-
 
 def ask(server: Server, question: Question, *, avl: bool) -> Measurement:
     """Stream one answer to the terminal and sample the blocks held meanwhile."""
@@ -106,25 +94,41 @@ def ask(server: Server, question: Question, *, avl: bool) -> Measurement:
     return measured
 
 
-def compare(avl: Measurement, stock: Measurement) -> tuple[int, int, int]:
+def compare(
+    avl: Measurement, stock: Measurement, block_size: int
+) -> tuple[int, int, int]:
     """Return a length of the answer, and the blocks either run held at that length.
 
+    The runs are sampled at other lengths: the nearest are taken, and the blocks that an
+    answer grows by in between are added.
+
     Raises:
-        ServerError: there is no length at which both are known.
+        ServerError: a run has no sample.
     """
-    lengths = avl.held_blocks.keys() | stock.held_blocks.keys()
-    for length in sorted(lengths, reverse=True):
-        kept, whole = avl.held_at(length), stock.held_at(length)
-        if kept is not None and whole is not None:
-            return length, kept, whole
-    raise ServerError("too few measurements to compare: raise --max-tokens")
+
+    def nth_block(length: int) -> int | None:
+        """Block of the sequence being filled; None too near to its borders to say."""
+        block, filled = divmod(stock.num_prompt_tokens + length, block_size)
+        return block if 2 <= filled < block_size - 2 else None
+
+    pairs = [
+        (abs(ours - theirs), ours, theirs)
+        for ours in avl.held_blocks
+        for theirs in stock.held_blocks
+        if nth_block(ours) is not None and nth_block(theirs) is not None
+    ]
+    if not pairs:
+        raise ServerError("too few measurements to compare: raise --max-tokens")
+    _, ours, theirs = min(pairs)
+    grown = (nth_block(theirs) or 0) - (nth_block(ours) or 0)
+    return theirs, avl.held_blocks[ours] + grown, stock.held_blocks[theirs]
 
 
 def table(server: Server, avl: Measurement, stock: Measurement) -> str:
     """Lay the two measurements side by side."""
-    length, kept, whole = compare(avl, stock)
     metrics = server.metrics()
     pool, size = metrics.num_blocks, metrics.block_size
+    length, kept, whole = compare(avl, stock, size)
     rows = (
         ("held by stock vLLM (avl: 0)", whole),
         ("kept with --attention-backend avl", kept),

@@ -98,9 +98,10 @@ class Engine:
         self.llm.reset_prefix_cache()
         return self.ask([ask], **changes)[0]
 
-    def add(self, request_id: str, ask: Ask) -> None:
+    def add(self, request_id: str, ask: Ask, **changes: Any) -> None:
         """Queue one request for `step`."""
-        self.llm.llm_engine.add_request(request_id, self.prompt(ask), ask.params())
+        params = ask.params(**changes)
+        self.llm.llm_engine.add_request(request_id, self.prompt(ask), params)
 
     def step(self) -> dict[str, list[int]]:
         """Run one scheduler step; return the tokens of what has finished."""
@@ -142,6 +143,7 @@ def check_integrity(scheduler: Scheduler) -> None:
     """Assert that free and held blocks are all blocks, and reference counts are right.
 
     The null block stands in req_to_blocks for what was freed and counts as neither.
+    Blocks that an adaptive request writes again are its own, and in no prefix cache.
     """
     pool = scheduler.kv_cache_manager.block_pool
     (manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
@@ -158,7 +160,12 @@ def check_integrity(scheduler: Scheduler) -> None:
             assert block.ref_cnt == held[block.block_id], block
     known = set(scheduler.requests)
     assert set(manager.req_to_blocks) <= known
-    assert set(getattr(manager, "plans", ())) <= known
+    plans = getattr(manager, "plans", {})
+    assert set(plans) <= known
+    for request_id, plan in plans.items():
+        for block in manager.req_to_blocks.get(request_id, [])[plan.private_from :]:
+            shared = block.ref_cnt != 1 or block.block_hash is not None
+            assert block.is_null or not shared, f"{request_id} shares {block}"
 
 
 def picture(seed: int) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Scores vision tokens by the attention the last prompt rows pay them."""
+"""Scores cached tokens by the attention the last rows of a sequence pay them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ import torch
 TOKENS_AT_A_TIME = 256
 
 
-def vision_scores(
+def attention_scores(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     blocks: torch.Tensor,
     num_tokens: int,
-    vision_rows: torch.Tensor,
     scale: float,
     soft_cap: float = 0.0,
 ) -> torch.Tensor:
-    """Sum attention probabilities over query rows and heads, for the vision columns.
+    """Sum attention probabilities over query rows, for every head and key.
 
     Probabilities are normalised over every key a row attends to (A-VL section
-    "Vision attention"; the mean over heads ranks as the sum does). 256 keys of one KV
-    head are in fp32 at a time, beside the logits of its query heads.
+    "Vision attention"). 256 keys of one KV head are in fp32 at a time, beside the
+    logits of its query heads.
 
     Args:
         query: [num_rows, num_heads, head_size], the last rows of the sequence.
@@ -28,28 +27,28 @@ def vision_scores(
         blocks: [cdiv(num_tokens, block_size)] block ids of the sequence, int64.
         num_tokens: keys in the sequence; row i attends to the first
             num_tokens - num_rows + 1 + i of them.
-        vision_rows: [num_vision] positions to score, int64.
         scale: softmax scale.
         soft_cap: tanh cap on the logits, 0 for none.
 
     Returns:
-        [num_vision] fp32.
+        [num_heads, num_tokens] fp32.
     """
     num_rows, num_heads, head_size = query.shape
     num_kv_heads = key_cache.shape[1]
-    grouped = query.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_size)
+    group = num_heads // num_kv_heads
+    grouped = query.view(num_rows, num_kv_heads, group, head_size)
     hidden = _future_keys(num_rows, num_tokens)
-    scores = torch.zeros(len(vision_rows), dtype=torch.float32, device=query.device)
+    scores = query.new_empty(num_kv_heads, group, num_tokens, dtype=torch.float32)
     for head in range(num_kv_heads):
         queries = (grouped[:, head].float() * scale).flatten(0, 1)
         logits = _logits(queries, key_cache[:, head], blocks)[:, :num_tokens]
         if soft_cap:
             logits = soft_cap * torch.tanh(logits / soft_cap)
+        logits = logits.unflatten(0, (num_rows, group))
         if hidden is not None:
-            logits = logits.unflatten(0, (num_rows, -1))
-            logits = logits.masked_fill(hidden.unsqueeze(1), -torch.inf).flatten(0, 1)
-        scores += logits.softmax(-1).sum(0)[vision_rows]
-    return scores
+            logits = logits.masked_fill(hidden.unsqueeze(1), -torch.inf)
+        torch.sum(logits.softmax(-1), 0, out=scores[head])
+    return scores.flatten(0, 1)
 
 
 def _logits(

@@ -1,0 +1,213 @@
+"""What a layer does for adaptive requests after its attention: score, evict, move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_avl.backend.ranks import Ranks
+from vllm_avl.backend.request import RequestState, Task
+from vllm_avl.backend.rows import CORE, SECONDARY, LayerRows, rearrange
+from vllm_avl.backend.selection import Candidates, label_aged_text
+from vllm_avl.kernels import attention_scores, compact_blocks, scored_attention
+from vllm_avl.policies import TokenView
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer and its cache, on this rank."""
+
+    index: int
+    keys: torch.Tensor
+    """[num_blocks, num_kv_heads, block_size, head_size] view."""
+    values: torch.Tensor
+    scale: float
+    soft_cap: float
+    ranks: Ranks
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads of this rank."""
+        return self.keys.shape[1]
+
+    def perform(self, task: Task, query: torch.Tensor, output: torch.Tensor) -> None:
+        """Do what `task` asks of this layer.
+
+        Args:
+            task: of one request.
+            query: [num_tokens, num_heads, head_size] of the step.
+            output: [num_tokens, num_heads, head_size] of the step; the row of a
+                request that scores while attending is written here.
+        """
+        if task.compacts:
+            self._compact(task, query)
+        elif task.scores:
+            self._refresh(task, query, output)
+        if task.num_aged:
+            self._evict_text(task)
+
+    def _compact(self, task: Task, query: torch.Tensor) -> None:
+        """Evict minor rows of the prompt, and put core behind secondary."""
+        state, plan = task.state, task.state.plan
+        probabilities = attention_scores(
+            query[task.query_end - plan.num_scoring_rows : task.query_end],
+            self.keys,
+            task.blocks,
+            plan.num_prompt_tokens,
+            self.scale,
+            self.soft_cap,
+        )
+        rows = LayerRows(0, torch.arange(plan.num_prompt_tokens).unsqueeze(0))
+        if state.policy.per_head:
+            rows.split_heads(self.num_kv_heads)
+        if state.keeps_sums or state.policy.keeps_sums:
+            rows.sums = self._by_kv_head(probabilities)
+        start = plan.private_from * plan.block_size
+        core_start = start + self._num_secondary(state)
+        if start or plan.has_core:
+            labels = self._label(task, rows, probabilities, start, core_start - start)
+            self._move(task, rows, labels, start, core_start)
+        if not state.keeps_sums:
+            rows.sums = None
+        elif plan.text_window is not None:
+            rows.split_heads(self.num_kv_heads)
+        if state.remembers_rows:
+            state.layers[self.index] = rows
+
+    def _refresh(self, task: Task, query: torch.Tensor, output: torch.Tensor) -> None:
+        """Score all that is stored, and select core anew."""
+        state, plan = task.state, task.state.plan
+        rows = state.layers[self.index]
+        rows.extend(task.num_tokens)
+        probabilities = self._score_stored(task, rows, query, output)
+        if rows.sums is not None:
+            rows.add(self._by_kv_head(probabilities), plan.config.text_decay)
+        if plan.has_core and state.policy.refreshes:
+            num_secondary = self._num_secondary(state)
+            labels = self._label(task, rows, probabilities, 0, num_secondary)
+            self._move(task, rows, labels, rows.start, rows.start + num_secondary)
+
+    def _score_stored(
+        self,
+        task: Task,
+        rows: LayerRows,
+        query: torch.Tensor,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """[num_heads, num_slots] attention of the step's last row to what is stored."""
+        blocks = task.blocks[rows.start // self.keys.shape[2] :]
+        num_slots = rows.end - rows.start
+        last = task.query_end - 1
+        if not task.scores_while_attending:
+            return attention_scores(
+                query[last : last + 1],
+                self.keys,
+                blocks,
+                num_slots,
+                self.scale,
+                self.soft_cap,
+            )
+        output[last], probabilities = scored_attention(
+            query[last],
+            self.keys,
+            self.values,
+            blocks,
+            num_slots,
+            self.scale,
+            self.soft_cap,
+        )
+        return probabilities
+
+    def _evict_text(self, task: Task) -> None:
+        """Evict whole blocks' worth of aged text; both regions move up."""
+        state, plan = task.state, task.state.plan
+        assert plan.text_window is not None
+        rows = state.layers[self.index]
+        rows.extend(task.num_tokens)
+        num_secondary = self._num_secondary(state)
+        labels = torch.full_like(rows.positions, CORE)
+        labels[:, :num_secondary] = SECONDARY
+        labels = label_aged_text(
+            rows,
+            labels,
+            state.ages(rows.positions) & (labels == CORE),
+            plan.text_window,
+            plan.num_text_tokens(task.num_tokens),
+            task.num_aged,
+        )
+        start = rows.start + task.num_aged
+        self._move(task, rows, labels, start, start + num_secondary)
+
+    def _label(
+        self,
+        task: Task,
+        rows: LayerRows,
+        probabilities: torch.Tensor,
+        num_evicted: int,
+        num_secondary: int,
+    ) -> torch.Tensor:
+        """Rank the candidates as the request's policy does.
+
+        Args:
+            task: of the request.
+            rows: what is stored, the sums up to date.
+            probabilities: [num_heads, num_slots] attention from the scoring rows.
+            num_evicted: candidates that go for good.
+            num_secondary: candidates that stay, outside of core.
+        """
+        state = task.state
+        candidates = Candidates(state.candidates, rows)
+        held = candidates.held if state.policy.per_head else candidates.held[:1]
+        sums = None
+        if state.policy.keeps_sums:
+            assert rows.sums is not None
+            sums = candidates.by_position(rows.sums)
+        view = TokenView(
+            positions=candidates.positions,
+            attention=self._attention(task, candidates, probabilities),
+            sums=sums,
+            held=held,
+            num_kept=held.sum(1, keepdim=True) - (num_evicted or num_secondary),
+            layer=self.index,
+            num_computed=task.num_tokens,
+            memo=task.memo,
+        )
+        scores = state.policy.score(view)
+        return candidates.label(scores, num_secondary, num_evicted)
+
+    def _attention(
+        self, task: Task, candidates: Candidates, probabilities: torch.Tensor
+    ) -> torch.Tensor:
+        """[num_groups, num_candidates] attention, over heads or for each KV head."""
+        config = task.state.plan.config
+        if task.state.policy.per_head:
+            return candidates.by_position(self._by_kv_head(probabilities))
+        reduce = torch.amax if config.head_reduction == "max" else torch.sum
+        if candidates.num_rankings == 1:
+            attention = candidates.by_position(reduce(probabilities, 0, keepdim=True))
+        else:
+            by_kv_head = reduce(probabilities.unflatten(0, (self.num_kv_heads, -1)), 1)
+            attention = reduce(candidates.by_position(by_kv_head), 0, keepdim=True)
+        if task.compacts or config.refresh_all_ranks:
+            return self.ranks.reduce(attention, config.head_reduction)
+        return attention
+
+    def _by_kv_head(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """[num_kv_heads, num_slots]: query heads of a group added."""
+        return probabilities.unflatten(0, (self.num_kv_heads, -1)).sum(1)
+
+    def _num_secondary(self, state: RequestState) -> int:
+        plan = state.plan
+        return (plan.num_stored_blocks - plan.num_core_blocks) * plan.block_size
+
+    def _move(
+        self,
+        task: Task,
+        rows: LayerRows,
+        labels: torch.Tensor,
+        start: int,
+        core_start: int,
+    ) -> None:
+        source, target, heads = rearrange(rows, labels, start, core_start)
+        compact_blocks(self.keys, self.values, task.blocks, source, target, heads)

@@ -1,0 +1,150 @@
+"""What a worker remembers of an adaptive request, and what a step asks of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from vllm_avl.backend.rows import LayerRows
+from vllm_avl.plan import Plan
+from vllm_avl.policies import POLICIES, Policy
+
+
+@dataclass
+class RequestState:
+    """One adaptive request on this worker."""
+
+    plan: Plan
+    layers: dict[int, LayerRows] = field(default_factory=dict)
+    """Stored rows by layer index; empty where nobody asks for them again."""
+    num_tokens: int = 0
+    """Length after the last step."""
+    num_refreshes: int = 0
+
+    @property
+    def policy(self) -> Policy:
+        """The rule that ranks."""
+        return POLICIES[self.plan.config.policy]
+
+    @property
+    def remembers_rows(self) -> bool:
+        """Whether positions are kept after compaction."""
+        plan = self.plan
+        return (
+            plan.has_core
+            or plan.text_window is not None
+            or plan.config.introspection > 0
+        )
+
+    @property
+    def keeps_sums(self) -> bool:
+        """Whether attention is added up."""
+        if self.plan.text_window is not None:
+            return True
+        return self.policy.keeps_sums and self.plan.has_core
+
+    @cached_property
+    def candidates(self) -> torch.Tensor:
+        """[num_candidates] positions that the policy ranks, ascending, int64."""
+        plan = self.plan
+        if self.policy.ranks_text:
+            return torch.arange(plan.num_full_tokens)
+        return _positions(plan.ranked_ranges)
+
+    @cached_property
+    def _ages(self) -> torch.Tensor:
+        """[num_prompt_tokens], True where a prompt token may leave the text window."""
+        plan = self.plan
+        ages = torch.ones(plan.num_prompt_tokens, dtype=torch.bool)
+        if not self.policy.ranks_text:
+            ages[_positions(plan.vision_ranges)] = False
+        ages[: plan.vision_ranges[0][0]] = False
+        return ages
+
+    def record(self, num_tokens: int, scores: bool) -> None:
+        """Note what a step does."""
+        self.num_tokens = num_tokens
+        self.num_refreshes += scores
+
+    def ages(self, positions: torch.Tensor) -> torch.Tensor:
+        """Where `positions` are of tokens that may leave the text window."""
+        last = self.plan.num_prompt_tokens - 1
+        return (positions > last) | self._ages[positions.clamp(max=last)]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one request needs of every layer after a step's attention."""
+
+    state: RequestState
+    query_start: int
+    """Index of the request's first token in the step."""
+    query_end: int
+    num_computed: int
+    """Tokens computed before the step."""
+    num_tokens: int
+    """Tokens computed after it."""
+    blocks: torch.Tensor
+    """[cdiv(num_tokens, block_size)] block ids of the request, int64. Those in front
+    of the stored ones belong to others."""
+    memo: dict[str, Any] = field(default_factory=dict)
+    """Shared by the layers, for the policy."""
+
+    @property
+    def compacts(self) -> bool:
+        """Whether the prompt ends in this step."""
+        return self.num_computed < self.state.plan.num_prompt_tokens
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether the step reads what is stored, not core and text alone."""
+        num_new = self.num_tokens - self.num_computed
+        plan = self.state.plan
+        return not plan.has_core or plan.refreshes(self.num_computed, num_new)
+
+    @property
+    def first_read_token(self) -> int:
+        """First slot that attention reads, a multiple of the block size."""
+        plan = self.state.plan
+        if self.reads_all:
+            return plan.num_freed_blocks(self.num_computed) * plan.block_size
+        return plan.first_core_block(self.num_computed) * plan.block_size
+
+    @property
+    def scores(self) -> bool:
+        """Whether a step of the answer scores what it reads."""
+        num_new = self.num_tokens - self.num_computed
+        state = self.state
+        return (
+            not self.compacts
+            and (state.keeps_sums or (state.plan.has_core and state.policy.refreshes))
+            and state.plan.refreshes(self.num_computed, num_new)
+        )
+
+    @property
+    def scores_while_attending(self) -> bool:
+        """Whether attention and scores come from one pass: a lone decode row."""
+        return self.scores and self.query_end - self.query_start == 1
+
+    @property
+    def num_aged(self) -> int:
+        """Text rows that leave the window in this step, for each KV head."""
+        plan = self.state.plan
+        before = 0
+        if not self.compacts:
+            before = plan.num_evicted_text_blocks(self.num_computed)
+        after = plan.num_evicted_text_blocks(self.num_tokens)
+        return (after - before) * plan.block_size
+
+    @property
+    def has_work(self) -> bool:
+        """Whether the layers have anything to do for it."""
+        return self.compacts or self.scores or self.num_aged > 0
+
+
+def _positions(ranges: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    empty = torch.empty(0, dtype=torch.int64)
+    return torch.cat([empty, *(torch.arange(start, end) for start, end in ranges)])

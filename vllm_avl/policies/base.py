@@ -1,0 +1,65 @@
+"""What a policy is: pure tensors in, a ranking out.
+
+The template around it (`vllm_avl.backend.selection`) owns budgets, protection, top-k
+and the order of equal scores, so that all policies spend the same.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """The tokens a policy ranks, in one layer of one request.
+
+    `num_groups` is 1 for a policy that ranks once a layer, and the number of KV heads
+    for one that ranks for each of them.
+    """
+
+    positions: torch.Tensor
+    """[num_tokens] positions in the sequence, ascending, int64."""
+    attention: torch.Tensor
+    """[num_groups, num_tokens] attention probability from the scoring rows, fp32: over
+    all heads (mean or max, up to a factor) or summed over a KV head's query heads."""
+    sums: torch.Tensor | None
+    """[num_groups, num_tokens] running sums of attention; None unless `keeps_sums`."""
+    held: torch.Tensor
+    """[num_groups, num_tokens], False where a token is gone already."""
+    num_kept: torch.Tensor
+    """[num_groups, 1] how many of the held tokens will stay, int64."""
+    layer: int
+    """Index of the layer."""
+    num_computed: int
+    """Length of the sequence."""
+    memo: dict[str, Any]
+    """Shared by the layers of one request and step."""
+
+
+@dataclass(frozen=True)
+class Policy(ABC):
+    """Ranks tokens: the higher its score, the longer a token stays.
+
+    The class attributes say what the template has to hand in.
+    """
+
+    window: ClassVar[int] = 1
+    """Last prompt tokens that score, unless a setting says otherwise."""
+    ranks_text: ClassVar[bool] = False
+    """Whether text competes with vision (the policy does not know modalities)."""
+    per_head: ClassVar[bool] = False
+    """Whether every KV head has a ranking of its own."""
+    keeps_sums: ClassVar[bool] = False
+    """Whether attention is added up over the request's life."""
+    refreshes: ClassVar[bool] = True
+    """Whether core is selected anew during the answer."""
+    adapts: ClassVar[bool] = True
+    """Whether anything is evicted at all."""
+
+    @abstractmethod
+    def score(self, view: TokenView) -> torch.Tensor:
+        """Return [num_groups, num_tokens] scores; infinite protects a token."""
