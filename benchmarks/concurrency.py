@@ -18,7 +18,7 @@ from dataclasses import replace
 
 import arguments
 import checkpoints
-from engines import Engine, Request, Run, requests
+from engines import Engine, Request, Run, requests, store
 from plots import draw_concurrency
 from report import append_rows, machine, print_heading, print_table, spread
 from tqdm import tqdm
@@ -121,7 +121,7 @@ def check_identity(stock: Engine, avl: Engine, workload: Sequence[Request]) -> N
     """Refuse to time anything unless S = 1 gives stock's tokens."""
     sample = [replace(request, output_tokens=16) for request in workload[:3]]
     expected = list(stock.run(sample).outputs.values())
-    if list(avl.run(sample, store_ratio=1.0).outputs.values()) != expected:
+    if list(avl.run(sample, store(1.0)).outputs.values()) != expected:
         raise SystemExit("S = 1 and stock give different tokens: nothing was timed")
 
 
@@ -138,7 +138,7 @@ def measure(
             for name, ratio in ratios.items():
                 progress.set_description(name)
                 engine = stock if ratio is None else avl
-                runs[name].append(engine.run(workload, ratio, progress.update))
+                runs[name].append(engine.run(workload, store(ratio), progress.update))
     return runs
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,8 +96,13 @@ def requests(
     ]
 
 
+def store(ratio: float | None) -> dict[str, float] | None:
+    """Return a request's arguments for a store ratio, None for a stock engine."""
+    return None if ratio is None else {"avl_store_ratio": ratio}
+
+
 class Engine:
-    """One in-process vLLM engine; `avl` engines take the store ratio by request."""
+    """One in-process vLLM engine; `avl` engines take their settings by request."""
 
     def __init__(
         self,
@@ -142,7 +147,7 @@ class Engine:
     def run(
         self,
         workload: Sequence[Request],
-        store_ratio: float | None = None,
+        xargs: Mapping[str, Any] | None = None,
         on_tokens: Callable[[int], object] = lambda count: None,
     ) -> Run:
         """Serve `workload`, all of it waiting from the start, with a cold prefix cache.
@@ -152,11 +157,11 @@ class Engine:
 
         Args:
             workload: the requests.
-            store_ratio: S of every request; None leaves a stock engine alone.
+            xargs: of every request; None leaves a stock engine alone.
             on_tokens: told how many tokens each step generated.
         """
         self._engine.reset_prefix_cache()
-        order = [self._add(request, store_ratio) for request in workload]
+        order = [self._add(request, xargs) for request in workload]
         run = Run()
         undo = _record(self._inside.scheduler, run)
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -180,18 +185,17 @@ class Engine:
         del self._inside, self._engine
         gc.collect()
 
-    def _add(self, request: Request, store_ratio: float | None) -> str:
+    def _add(self, request: Request, xargs: Mapping[str, Any] | None) -> str:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        extra = None if store_ratio is None else {"avl_store_ratio": store_ratio}
         params = SamplingParams(
             max_tokens=request.output_tokens,
             temperature=0,
             ignore_eos=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args=extra,
+            extra_args=dict(xargs) if xargs else None,
         )
         prompt = {
             "prompt": request.prompt,

@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import arguments
 import checkpoints
-from engines import Engine, Request, requests
+from engines import Engine, Request, requests, store
 from report import append_rows, machine, print_heading, print_table
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stock, avl = (start(model, is_avl, request, args) for is_avl in (False, True))
     warm_up = [replace(request, images=request.images[::-1])]
     stock.run(warm_up)
-    avl.run(warm_up, store_ratio=min(args.store_ratio))
+    avl.run(warm_up, store(min(args.store_ratio)))
     stock_peak = peak_bytes(lambda: stock.run([request]))
     rows = [
         measure(model, avl, request, ratio, stock_peak)
@@ -101,8 +101,8 @@ def measure(
     The two peaks are taken in runs of their own: profilers do not nest.
     """
     with profiled_compactions() as calls:
-        avl.run([request], store_ratio)
-    prompt_peak = peak_bytes(lambda: avl.run([request], store_ratio))
+        avl.run([request], store(store_ratio))
+    prompt_peak = peak_bytes(lambda: avl.run([request], store(store_ratio)))
     transient, num_kept = max(calls)
     kept = num_kept * model.layer_bytes_per_token
     rise = prompt_peak - stock_peak

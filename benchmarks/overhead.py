@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import arguments
 import checkpoints
-from engines import Engine, Request, Run, requests
+from engines import Engine, Request, Run, requests, store
 from report import append_rows, machine, print_heading, print_table, spread
 from tqdm import tqdm
 
@@ -105,7 +105,7 @@ def check_identity(engines: dict[str, Engine], workload: Sequence[Request]) -> N
     sample = [replace(request, output_tokens=8) for request in workload[:2]]
     expected = list(engines[SAME].run(sample).outputs.values())
     engines[SHIPPED].run(sample)
-    if list(engines[AVL].run(sample, store_ratio=1.0).outputs.values()) != expected:
+    if list(engines[AVL].run(sample, store(1.0)).outputs.values()) != expected:
         raise SystemExit("S = 1 and stock give different tokens: nothing was timed")
 
 
@@ -125,7 +125,7 @@ def measure(
             for name, count in rotated(list(runs), repeat):
                 ratio = args.store_ratio if name == AVL else None
                 with timed_compactions() as compactions:
-                    run = engines[name].run(workload[:count], ratio)
+                    run = engines[name].run(workload[:count], store(ratio))
                 if name == AVL:
                     shares.append(100 * compactions.seconds / run.prompt_seconds)
                 runs[name, count].append(run)

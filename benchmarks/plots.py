@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -29,6 +29,28 @@ def draw_concurrency(runs: Mapping[str, Run], file: Path) -> None:
     running.set_ylabel("running requests")
     running.set_ylim(0)
     running.set_xlabel("scheduler step")
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+def draw_decode(times: Mapping[str, Sequence[tuple[int, float]]], file: Path) -> None:
+    """Draw the median decode step over the context's length.
+
+    Args:
+        times: (tokens of a prompt, milliseconds) of each variant, by its name.
+        file: the picture to write.
+    """
+    figure, axes = pyplot.subplots(figsize=(8, 4))
+    for (name, points), marker in zip(times.items(), "osD^v", strict=False):
+        lengths, milliseconds = zip(*sorted(points), strict=True)
+        axes.plot(lengths, milliseconds, marker=marker, label=name)
+    axes.set_xlabel("tokens of each prompt")
+    axes.set_ylabel("median decode step (ms)")
+    axes.set_xlim(0)
+    axes.set_ylim(0)
+    axes.legend()
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)

@@ -154,14 +154,15 @@ class Oracle:
             ranked = [p for p in everything if self._competes(p)]
             fixed = s.num_full_tokens - len(ranked)
             stored, core = s.num_stored_rows - fixed, s.num_core_rows - fixed
-            # One ranking: core is the top of what is stored.
-            keep = stored if stored < len(ranked) else core
             for head, memory in enumerate(self.memories[layer]):
-                ranking = self._scores(layer, head, scores, ranked, keep)
-                self._choose(layer, head, "stored", ranked, ranking, stored)
+                if stored < len(ranked):
+                    ranking = self._scores(layer, head, scores, ranked, stored)
+                    self._choose(layer, head, "stored", ranked, ranking, stored)
                 memory.core = set(memory.stored)
                 held = [p for p in ranked if p in memory.stored]
-                self._choose(layer, head, "core", held, ranking, core)
+                if core < stored:
+                    ranking = self._scores(layer, head, scores, held, core)
+                    self._choose(layer, head, "core", held, ranking, core)
         self._age(layer)
 
     def _after_step(self, layer, attention):
@@ -209,12 +210,11 @@ class Oracle:
             sums = self.memories[layer][head].sums
             return {p: (float("inf") if p in recent else sums[p]) for p in held}
         if policy == "snapkv":
-            seen = attention[head].sum(0)[: self.settings.num_full_tokens]
+            observing = self.num_prompt - self.settings.window
+            seen = attention[head].sum(0)[: self.settings.num_full_tokens].clone()
+            seen[observing:] = 0
             pooled = functional.max_pool1d(seen[None], 7, 1, 3)[0].tolist()
-            return {
-                p: (float("inf") if p >= self.num_prompt - 32 else pooled[p])
-                for p in held
-            }
+            return {p: (float("inf") if p >= observing else pooled[p]) for p in held}
         reduce = torch.amax if self.settings.reduction == "max" else torch.mean
         row = reduce(attention.flatten(0, 1), 0)
         if policy == "fastv" and layer > 1 and self.step == 0:

@@ -21,7 +21,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_avl.backend.cpu_layout import KEYS_BY_COLUMN, split_cache
+from vllm_avl.backend.cpu_cache import KEYS_BY_COLUMN, CPUCache
 from vllm_avl.backend.layer import Layer
 from vllm_avl.backend.ranks import Ranks
 from vllm_avl.backend.request import Task
@@ -127,9 +127,9 @@ class AVLImpl(CPUAttentionBackendImpl):
         return output
 
     def _view(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> Layer:
-        keys, values = split_cache(kv_cache, self.head_size)
         index = extract_layer_index(layer.layer_name)  # type: ignore[attr-defined]
-        return Layer(index, keys, values, self.scale, self.logits_soft_cap, RANKS)
+        cache = CPUCache(kv_cache, self.head_size, self.scale, self.logits_soft_cap)
+        return Layer(index, cache, RANKS)
 
 
 class AVLBackend(CPUAttentionBackend):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from vllm_avl.backend.cpu_cache import CPUCache
 from vllm_avl.backend.ranks import Ranks
 from vllm_avl.backend.request import RequestState, Task
 from vllm_avl.backend.rows import CORE, SECONDARY, LayerRows, rearrange
 from vllm_avl.backend.selection import Candidates, label_aged_text
-from vllm_avl.kernels import attention_scores, compact_blocks, scored_attention
 from vllm_avl.policies import TokenView
 
 
@@ -19,17 +19,8 @@ class Layer:
     """One attention layer and its cache, on this rank."""
 
     index: int
-    keys: torch.Tensor
-    """[num_blocks, num_kv_heads, block_size, head_size] view."""
-    values: torch.Tensor
-    scale: float
-    soft_cap: float
+    cache: CPUCache
     ranks: Ranks
-
-    @property
-    def num_kv_heads(self) -> int:
-        """KV heads of this rank."""
-        return self.keys.shape[1]
 
     def perform(self, task: Task, query: torch.Tensor, output: torch.Tensor) -> None:
         """Do what `task` asks of this layer.
@@ -50,17 +41,14 @@ class Layer:
     def _compact(self, task: Task, query: torch.Tensor) -> None:
         """Evict minor rows of the prompt, and put core behind secondary."""
         state, plan = task.state, task.state.plan
-        probabilities = attention_scores(
+        probabilities = self.cache.scores(
             query[task.query_end - plan.num_scoring_rows : task.query_end],
-            self.keys,
             task.blocks,
             plan.num_prompt_tokens,
-            self.scale,
-            self.soft_cap,
         )
         rows = LayerRows(0, torch.arange(plan.num_prompt_tokens).unsqueeze(0))
         if state.policy.per_head:
-            rows.split_heads(self.num_kv_heads)
+            rows.split_heads(self.cache.num_kv_heads)
         if state.keeps_sums or state.policy.keeps_sums:
             rows.sums = self._by_kv_head(probabilities)
         start = plan.private_from * plan.block_size
@@ -71,7 +59,7 @@ class Layer:
         if not state.keeps_sums:
             rows.sums = None
         elif plan.text_window is not None:
-            rows.split_heads(self.num_kv_heads)
+            rows.split_heads(self.cache.num_kv_heads)
         if state.remembers_rows:
             state.layers[self.index] = rows
 
@@ -96,27 +84,12 @@ class Layer:
         output: torch.Tensor,
     ) -> torch.Tensor:
         """[num_heads, num_slots] attention of the step's last row to what is stored."""
-        blocks = task.blocks[rows.start // self.keys.shape[2] :]
+        blocks = task.blocks[rows.start // self.cache.block_size :]
         num_slots = rows.end - rows.start
         last = task.query_end - 1
         if not task.scores_while_attending:
-            return attention_scores(
-                query[last : last + 1],
-                self.keys,
-                blocks,
-                num_slots,
-                self.scale,
-                self.soft_cap,
-            )
-        output[last], probabilities = scored_attention(
-            query[last],
-            self.keys,
-            self.values,
-            blocks,
-            num_slots,
-            self.scale,
-            self.soft_cap,
-        )
+            return self.cache.scores(query[last : last + 1], blocks, num_slots)
+        output[last], probabilities = self.cache.attend(query[last], blocks, num_slots)
         return probabilities
 
     def _evict_text(self, task: Task) -> None:
@@ -159,6 +132,7 @@ class Layer:
         state = task.state
         candidates = Candidates(state.candidates, rows)
         held = candidates.held if state.policy.per_head else candidates.held[:1]
+        num_held = held.sum(1, keepdim=True)
         sums = None
         if state.policy.keeps_sums:
             assert rows.sums is not None
@@ -168,13 +142,19 @@ class Layer:
             attention=self._attention(task, candidates, probabilities),
             sums=sums,
             held=held,
-            num_kept=held.sum(1, keepdim=True) - (num_evicted or num_secondary),
+            num_kept=num_held - num_evicted,
+            num_scoring_rows=state.plan.num_scoring_rows,
             layer=self.index,
             num_computed=task.num_tokens,
             memo=task.memo,
         )
-        scores = state.policy.score(view)
-        return candidates.label(scores, num_secondary, num_evicted)
+        of_core = replace(view, num_kept=view.num_kept - num_secondary)
+        return candidates.label(
+            state.policy.score(view),
+            num_evicted,
+            state.policy.score(of_core) if num_secondary else None,
+            num_secondary,
+        )
 
     def _attention(
         self, task: Task, candidates: Candidates, probabilities: torch.Tensor
@@ -187,7 +167,7 @@ class Layer:
         if candidates.num_rankings == 1:
             attention = candidates.by_position(reduce(probabilities, 0, keepdim=True))
         else:
-            by_kv_head = reduce(probabilities.unflatten(0, (self.num_kv_heads, -1)), 1)
+            by_kv_head = reduce(probabilities.unflatten(0, (self.cache.num_kv_heads, -1)), 1)
             attention = reduce(candidates.by_position(by_kv_head), 0, keepdim=True)
         if task.compacts or config.refresh_all_ranks:
             return self.ranks.reduce(attention, config.head_reduction)
@@ -195,7 +175,7 @@ class Layer:
 
     def _by_kv_head(self, probabilities: torch.Tensor) -> torch.Tensor:
         """[num_kv_heads, num_slots]: query heads of a group added."""
-        return probabilities.unflatten(0, (self.num_kv_heads, -1)).sum(1)
+        return probabilities.unflatten(0, (self.cache.num_kv_heads, -1)).sum(1)
 
     def _num_secondary(self, state: RequestState) -> int:
         plan = state.plan
@@ -209,5 +189,4 @@ class Layer:
         start: int,
         core_start: int,
     ) -> None:
-        source, target, heads = rearrange(rows, labels, start, core_start)
-        compact_blocks(self.keys, self.values, task.blocks, source, target, heads)
+        self.cache.move(task.blocks, *rearrange(rows, labels, start, core_start))

@@ -42,7 +42,11 @@ class Candidates:
         return dense[:, self.positions]
 
     def label(
-        self, scores: torch.Tensor, num_secondary: int, num_evicted: int
+        self,
+        scores: torch.Tensor,
+        num_evicted: int,
+        core_scores: torch.Tensor | None,
+        num_secondary: int,
     ) -> torch.Tensor:
         """Label every row: the worst candidates EVICTED, the next worst SECONDARY.
 
@@ -50,22 +54,34 @@ class Candidates:
 
         Args:
             scores: [1, num_candidates], or [num_rankings, num_candidates].
-            num_secondary: candidates outside of core, for each ranking.
             num_evicted: candidates that go, for each ranking.
+            core_scores: as `scores`, for those that stay; None where all are core.
+            num_secondary: candidates outside of core, for each ranking.
 
         Returns:
             [num_rankings, num_slots] labels.
         """
         held = self.held[: len(scores)]
-        scores = scores.masked_fill(~held, -torch.inf)
-        order = torch.sort(scores, dim=1, descending=True, stable=True).indices
-        to_the_last = held.sum(1, keepdim=True) - torch.arange(len(self.positions))
         ranked = torch.full(scores.shape, CORE)
-        ranked[to_the_last <= num_secondary + num_evicted] = SECONDARY
-        ranked[to_the_last <= num_evicted] = EVICTED
+        if num_evicted:
+            evicted = _worst(scores, held, num_evicted)
+            ranked.masked_fill_(evicted, EVICTED)
+            held = held & ~evicted
+        if core_scores is not None:
+            secondary = _worst(core_scores, held, num_secondary)
+            ranked.masked_fill_(secondary, SECONDARY)
         dense = torch.full((len(scores), self._end + 1), CORE)
-        dense[:, self.positions] = ranked.scatter(1, order, ranked)
+        dense[:, self.positions] = ranked
         return dense.expand(len(self._index), -1).gather(1, self._index)
+
+
+def _worst(scores: torch.Tensor, held: torch.Tensor, count: int) -> torch.Tensor:
+    """Mark the `count` lowest of the held in each row; of equals, the last ones."""
+    scores = scores.masked_fill(~held, torch.inf)
+    # From the last position on, so that a stable sort puts later equals first.
+    order = torch.sort(scores.flip(1), dim=1, stable=True).indices[:, :count]
+    last = scores.shape[1] - 1
+    return torch.zeros_like(held).scatter_(1, last - order, True)
 
 
 def label_aged_text(

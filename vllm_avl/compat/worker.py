@@ -13,6 +13,7 @@ from vllm_avl.backend.step import Step, WorkerRequests, executing
 from vllm_avl.cache.spec import AVLSpec
 from vllm_avl.compat.scheduler import received_plans
 from vllm_avl.config import parse_config
+from vllm_avl.kernels import host
 from vllm_avl.support import check_groups
 
 
@@ -29,6 +30,7 @@ class AVLCPUWorker(CPUWorker):
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
         check_groups(specs, AVLSpec)
         super().initialize_from_config(kv_cache_config)
+        host.compile_all()
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Run one step, with its plans at the metadata builders' hand."""

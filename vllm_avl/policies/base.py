@@ -32,6 +32,8 @@ class TokenView:
     """[num_groups, num_tokens], False where a token is gone already."""
     num_kept: torch.Tensor
     """[num_groups, 1] how many of the held tokens will stay, int64."""
+    num_scoring_rows: int
+    """Last prompt tokens that score."""
     layer: int
     """Index of the layer."""
     num_computed: int

@@ -13,7 +13,7 @@ from vllm_avl.policies.base import Policy, TokenView
 
 @dataclass(frozen=True)
 class SnapKVPolicy(Policy):
-    """Keeps what the last 32 prompt tokens attend to, pooled (arXiv 2404.14469).
+    """Keeps what the last prompt tokens attend to, pooled (arXiv 2404.14469).
 
     Any token, for each KV head; the observing tokens themselves stay.
     """
@@ -27,8 +27,9 @@ class SnapKVPolicy(Policy):
 
     def score(self, view: TokenView) -> torch.Tensor:
         """Score by the maximum of the attention over `pool` neighbours."""
+        observing = view.positions >= view.num_computed - view.num_scoring_rows
+        attention = view.attention.masked_fill(observing, 0.0)
         scores = functional.max_pool1d(
-            view.attention, self.pool, stride=1, padding=self.pool // 2
+            attention, self.pool, stride=1, padding=self.pool // 2
         )
-        observing = view.positions >= view.num_computed - self.window
         return scores.masked_fill(observing, torch.inf)

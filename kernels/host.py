@@ -1,0 +1,194 @@
+"""Core selection's two costly operations in machine code, for fp32 caches on a CPU.
+
+vLLM's CPU kernel cannot give probabilities, and PyTorch moves single columns of a
+key block slowly. These are compiled by Numba, which vLLM itself requires; they hold no
+lock, and each of the caller's threads takes a share of the KV heads.
+
+A cache is `[num_blocks, num_kv_heads, 2, block_size · head_size]`: a block's keys by
+column, then its values by row, as vLLM's kernel lays them out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite.binding import ffi
+from numba import njit
+
+# Sums may be taken in any order; NaN and infinity keep their meaning.
+FAST = {"reassoc", "contract", "nsz", "arcp"}
+
+
+@njit(nogil=True, fastmath=FAST)
+def _attend(
+    query: Any,  # [num_kv_heads, group, head_size], scaled
+    cache: Any,
+    blocks: Any,  # [num_request_blocks]
+    num_tokens: int,
+    soft_cap: float,
+    output: Any,  # [num_kv_heads, group, head_size]
+    weights: Any,  # [num_kv_heads, group, num_request_blocks * block_size]
+    first_head: int,
+    end_head: int,
+) -> None:
+    group, head_size = query.shape[1:]
+    block_size = cache.shape[3] // head_size
+    for head in range(first_head, end_head):
+        for member in range(group):
+            row = weights[head, member]
+            row[:] = 0
+            for index in range(len(blocks)):
+                keys = cache[blocks[index], head, 0]
+                logits = row[index * block_size : (index + 1) * block_size]
+                for d in range(head_size):
+                    factor = query[head, member, d]
+                    column = keys[d * block_size : (d + 1) * block_size]
+                    for slot in range(block_size):
+                        logits[slot] += factor * column[slot]
+            if soft_cap > 0:
+                for token in range(num_tokens):
+                    row[token] = soft_cap * np.tanh(row[token] / soft_cap)
+            largest = row[0]
+            for token in range(1, num_tokens):
+                largest = max(largest, row[token])
+            total = np.float32(0)
+            for token in range(num_tokens):
+                row[token] = np.exp(row[token] - largest)
+                total += row[token]
+            out = output[head, member]
+            out[:] = 0
+            for token in range(num_tokens):
+                row[token] /= total
+            for index in range(len(blocks)):
+                values = cache[blocks[index], head, 1]
+                filled = min(block_size, num_tokens - index * block_size)
+                for slot in range(filled):
+                    weight = row[index * block_size + slot]
+                    value = values[slot * head_size : (slot + 1) * head_size]
+                    for d in range(head_size):
+                        out[d] += weight * value[d]
+
+
+@njit(nogil=True)
+def _swap(
+    cache: Any,
+    blocks: Any,  # [num_request_blocks]
+    first: Any,  # [num_swaps] positions in the request
+    second: Any,
+    head_size: int,
+    first_head: int,
+    end_head: int,
+) -> None:
+    block_size = cache.shape[3] // head_size
+    for head in range(first_head, end_head):
+        for index in range(len(first)):
+            one = cache[blocks[first[index] // block_size], head]
+            other = cache[blocks[second[index] // block_size], head]
+            i, j = first[index] % block_size, second[index] % block_size
+            for d in range(head_size):
+                kept = one[0, d * block_size + i]
+                one[0, d * block_size + i] = other[0, d * block_size + j]
+                other[0, d * block_size + j] = kept
+            for d in range(head_size):
+                kept = one[1, i * head_size + d]
+                one[1, i * head_size + d] = other[1, j * head_size + d]
+                other[1, j * head_size + d] = kept
+
+
+def scored_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    blocks: torch.Tensor,
+    num_tokens: int,
+    scale: float,
+    soft_cap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `kernels.scored_attention`, on an fp32 cache as this module describes."""
+    num_kv_heads, head_size = kv_cache.shape[1], query.shape[-1]
+    block_size = kv_cache.shape[3] // head_size
+    queries = (query.float() * scale).view(num_kv_heads, -1, head_size)
+    output = torch.empty_like(queries)
+    weights = queries.new_empty(*queries.shape[:2], len(blocks) * block_size)
+    arrays = (queries.numpy(), kv_cache.numpy(), blocks.numpy())
+    rest = (np.float32(soft_cap), output.numpy(), weights.numpy())
+    _share(num_kv_heads, lambda *heads: _attend(*arrays, num_tokens, *rest, *heads))
+    return output.flatten(0, 1), weights.flatten(0, 1)[:, :num_tokens]
+
+
+def swap_rows(
+    kv_cache: torch.Tensor,
+    blocks: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    head_size: int,
+) -> None:
+    """Exchange the rows at positions `first` with those at `second`, for every head.
+
+    Args:
+        kv_cache: fp32, as this module describes.
+        blocks: [num_request_blocks] block ids of the request, int64.
+        first: [num_swaps] positions in the request, int64.
+        second: [num_swaps] other positions; all are distinct.
+        head_size: elements a row holds.
+    """
+    arrays = (kv_cache.numpy(), blocks.numpy(), first.numpy(), second.numpy())
+    _share(kv_cache.shape[1], lambda *heads: _swap(*arrays, head_size, *heads))
+
+
+def compile_all() -> None:
+    """Compile now what the first refresh would wait for, and start the threads."""
+    cache = torch.zeros(2, 2, 2, 64)
+    blocks = torch.zeros(1, dtype=torch.int64)
+    scored_attention(torch.zeros(2, 2), cache, blocks, 1, 1.0)
+    swap_rows(cache, blocks, blocks, blocks, 2)
+
+
+def _share(num_heads: int, work: Callable[[int, int], None]) -> None:
+    """Call `work(first_head, end_head)` on every thread; return when all are done."""
+    num_threads = min(torch.get_num_threads(), num_heads)
+    borders = [num_heads * i // num_threads for i in range(num_threads + 1)]
+    if num_threads == 1:
+        work(0, num_heads)
+        return
+    shares = zip(borders[:-1], borders[1:], strict=True)
+    futures = [_pool().submit(work, *share) for share in shares]
+    for future in futures:
+        future.result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """Threads that may run on every core this process had when it was imported.
+
+    vLLM binds the thread that calls us to one core, and its heirs with it.
+    """
+    return ThreadPoolExecutor(
+        torch.get_num_threads(),
+        thread_name_prefix="avl",
+        initializer=lambda: os.sched_setaffinity(0, CORES),
+    )
+
+
+CORES = os.sched_getaffinity(0)
+
+
+def _answer_no_special_names(original: Callable[[Any, str], Any]) -> Any:
+    def __getattr__(self: Any, name: str) -> Any:  # noqa: N807
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return original(self, name)
+
+    return __getattr__
+
+
+# llvmlite's library object answers every name, `__dict__` too, and vLLM 0.32 looks into
+# the `__dict__` of every object of every module when an engine starts, and dies of it.
+# Goes when either stops.
+_library = type(ffi.lib)
+_library.__getattr__ = _answer_no_special_names(_library.__getattr__)

@@ -1,0 +1,211 @@
+"""What a worker remembers of its requests, and what it tells of them."""
+
+import pytest
+import torch
+
+from vllm_avl.backend.introspection import report
+from vllm_avl.backend.request import RequestState
+from vllm_avl.backend.rows import LayerRows
+from vllm_avl.backend.step import Step, WorkerRequests, current_step, executing
+from vllm_avl.config import AVLConfig
+from vllm_avl.plan import make_plan
+
+
+def state_of(**settings):
+    """3 text, 16 vision, 3 text: 5 blocks of 4, of which 2 go and 1 is secondary."""
+    settings = {"vision_store_ratio": 0.5, "vision_core_ratio": 0.25} | settings
+    plan = make_plan(22, ((3, 19),), 4, AVLConfig(**settings))
+    return RequestState(plan)
+
+
+SECONDARY = [18, 4, 9, 11]
+CORE = [5, 17, 6, 8]
+TEXT = [19, 0, 2, 1]
+
+
+def answering(num_tokens=25, **settings):
+    """A request whose rows are those of its last refresh, three steps ago."""
+    state = state_of(**settings)
+    assert (state.plan.private_from, state.plan.first_core_block(22)) == (2, 3)
+    state.num_tokens = num_tokens
+    state.layers[1] = LayerRows(8, torch.tensor([SECONDARY + TEXT + CORE + [20, 21]]))
+    return state
+
+
+def test_a_report_sorts_positions_by_what_becomes_of_them():
+    (layer,) = report("r", answering()).layers
+    assert layer.layer == 1
+    assert layer.core == [sorted(CORE)]
+    assert layer.secondary == [sorted(SECONDARY)]
+    assert layer.evicted == [[3, 7, 10, 12, 13, 14, 15, 16]]
+    assert layer.text == [[0, 1, 2, 19, 20, 21, 22, 23, 24]]
+
+
+def test_every_position_is_told_once():
+    (layer,) = report("r", answering()).layers
+    told = layer.core[0] + layer.secondary[0] + layer.evicted[0] + layer.text[0]
+    assert sorted(told) == list(range(25))
+
+
+def test_blocks_are_counted_as_the_plan_does():
+    told = report("r", answering())
+    assert told.num_blocks_freed == 2
+    assert told.num_blocks_held == 7 - 2
+    assert report("r", answering(28)).num_blocks_held == 7 - 2
+    assert report("r", answering(29)).num_blocks_held == 8 - 2
+
+
+def test_evicted_text_is_counted_but_not_told():
+    state = answering(25, text_keep_ratio=0.5, text_min_tokens=0)
+    state.layers[1] = LayerRows(
+        12, torch.tensor([SECONDARY + CORE + [1, 2, 0, 20, 24]])
+    )
+    told = report("r", state)
+    # 6 text tokens behind the image, of which the window holds 3.
+    assert told.num_blocks_freed == 2
+    state.num_tokens = 27
+    told = report("r", state)
+    assert (told.num_blocks_freed, told.num_blocks_held) == (3, 4)
+    assert told.layers[0].text == [[0, 1, 2, 20, 24, 25, 26]]
+    assert told.layers[0].evicted == [[3, 7, 10, 12, 13, 14, 15, 16]]
+
+
+def test_heads_that_differ_are_told_apart():
+    state = answering(22, policy="h2o")
+    rows = [SECONDARY + TEXT + CORE + [20, 21], CORE + TEXT + SECONDARY + [20, 21]]
+    state.layers[1] = LayerRows(8, torch.tensor(rows))
+    (layer,) = report("r", state).layers
+    assert layer.core == [sorted(TEXT + CORE), sorted(TEXT + SECONDARY)]
+    assert layer.secondary == [sorted(SECONDARY), sorted(CORE)]
+    assert layer.text == [[20, 21], [20, 21]]
+    assert layer.evicted == [[3, 7, 10, 12, 13, 14, 15, 16]] * 2
+
+
+def test_layers_are_told_in_order():
+    state = answering()
+    state.layers[0] = state.layers[1]
+    assert [layer.layer for layer in report("r", state).layers] == [0, 1]
+
+
+def test_a_report_says_whose_it_is():
+    state = answering(policy="random")
+    state.num_refreshes = 4
+    told = report("r", state)
+    assert (told.request_id, told.policy) == ("r", "random")
+    assert (told.num_tokens, told.num_prompt_tokens, told.num_refreshes) == (25, 22, 4)
+
+
+def test_a_request_without_rows_is_told_by_its_counts():
+    state = state_of(vision_core_ratio=None)
+    state.num_tokens = 23
+    told = report("r", state)
+    assert told.layers == []
+    assert (told.num_blocks_freed, told.num_blocks_held) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "remembers", "sums"),
+    [
+        ({"vision_core_ratio": None}, False, False),
+        ({"vision_core_ratio": None, "policy": "h2o"}, False, False),
+        ({"vision_core_ratio": None, "introspection": 1}, True, False),
+        ({}, True, False),
+        ({"policy": "h2o"}, True, True),
+        ({"vision_core_ratio": None, "text_keep_ratio": 0.7}, True, True),
+    ],
+    ids=["stored-only", "h2o", "introspection", "core", "h2o-core", "text"],
+)
+def test_rows_and_sums_are_kept_for_those_who_need_them(settings, remembers, sums):
+    state = state_of(**settings)
+    assert state.remembers_rows is remembers
+    assert state.keeps_sums is sums
+
+
+def test_vision_of_the_full_blocks_competes():
+    plan = make_plan(30, ((3, 9), (12, 29)), 8, AVLConfig())
+    expected = [*range(3, 9), *range(12, 24)]
+    assert RequestState(plan).candidates.tolist() == expected
+
+
+def test_everything_in_the_full_blocks_competes_where_text_is_ranked():
+    plan = make_plan(30, ((3, 9), (12, 29)), 8, AVLConfig(policy="streaming"))
+    assert RequestState(plan).candidates.tolist() == list(range(24))
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [("avl", [9, 10, 11, 29, 30, 31]), ("h2o", list(range(3, 32)))],
+)
+def test_what_lies_behind_the_first_image_ages(policy, expected):
+    config = AVLConfig(policy=policy, text_keep_ratio=0.5)
+    state = RequestState(make_plan(30, ((3, 9), (12, 29)), 8, config))
+    positions = torch.arange(32).flip(0).repeat(2, 1)
+    ages = state.ages(positions)
+    assert ages.shape == (2, 32)
+    assert sorted(positions[0][ages[0]].tolist()) == expected
+
+
+def finish(requests, *names):
+    for name in names:
+        requests.update((), (), {name: state_of().plan})
+        requests.update([name], (), {})
+
+
+def test_the_last_finished_requests_are_remembered():
+    requests = WorkerRequests(2)
+    finish(requests, "a", "b", "c")
+    assert [name for name, _ in requests.finished] == ["b", "c"]
+    assert requests.find("a") is None
+    assert requests.find("b") is requests.finished[0][1]
+
+
+def test_nothing_is_remembered_unless_asked_for():
+    requests = WorkerRequests()
+    finish(requests, "a")
+    assert requests.find("a") is None
+    assert requests.running == {}
+
+
+def test_preempted_requests_are_forgotten():
+    requests = WorkerRequests(2)
+    requests.update((), (), {"a": state_of().plan})
+    requests.update((), ["a"], {})
+    assert requests.find("a") is None
+    assert len(requests.finished) == 0
+
+
+def test_a_finished_request_that_was_never_ours_is_ignored():
+    requests = WorkerRequests(2)
+    requests.update(["stock"], ["another"], {})
+    assert len(requests.finished) == 0
+
+
+def test_a_plan_that_comes_again_starts_afresh():
+    requests = WorkerRequests(2)
+    requests.update((), (), {"a": state_of().plan})
+    before = requests.find("a")
+    requests.update((), ["a"], {"a": before.plan})
+    assert requests.find("a") is not before
+    assert requests.find("a").layers == {}
+
+
+def test_the_latest_request_of_a_name_is_found():
+    requests = WorkerRequests(2)
+    finish(requests, "a", "a")
+    assert requests.find("a") is requests.finished[1][1]
+    requests.update((), (), {"a": state_of().plan})
+    assert requests.find("a") is requests.running["a"]
+
+
+def test_rows_of_a_batch_are_looked_up_by_name():
+    states = {"a": state_of(), "c": state_of()}
+    step = Step(states, lambda: ["c", "stock", "a"])
+    assert [row for row, _ in step.row_states()] == [0, 2]
+    assert step.row_states()[0][1] is states["c"]
+
+
+def test_a_step_is_current_while_it_executes():
+    step = Step({}, list)
+    with executing(step):
+        assert current_step() is step
+    assert current_step() is None

@@ -1,0 +1,197 @@
+"""Policies, on token views made by hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vllm_avl.backend.rows import CORE, EVICTED, SECONDARY, LayerRows
+from vllm_avl.backend.selection import Candidates
+from vllm_avl.config import AVLConfig, parse_config
+from vllm_avl.policies import POLICIES, TokenView
+
+INF = float("inf")
+
+
+def view_of(num_tokens=60, num_groups=1, **changes):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw():
+        return torch.rand(num_groups, num_tokens, generator=generator)
+
+    view = TokenView(
+        positions=torch.arange(num_tokens),
+        attention=draw(),
+        sums=draw(),
+        held=torch.ones(num_groups, num_tokens, dtype=torch.bool),
+        num_kept=torch.full((num_groups, 1), num_tokens // 2),
+        layer=1,
+        num_computed=num_tokens + 3,
+        memo={},
+    )
+    return replace(view, **changes)
+
+
+def view_for(policy):
+    view = view_of(num_groups=3 if policy.per_head else 1)
+    return view if policy.keeps_sums else replace(view, sums=None)
+
+
+each = pytest.mark.parametrize("name", POLICIES)
+
+
+def test_settings_take_the_registered_names_and_no_other():
+    for name in POLICIES:
+        assert parse_config({"avl": {"policy": name}}).policy == name
+    with pytest.raises(ValueError, match=", ".join(POLICIES)):
+        parse_config({"avl": {"policy": "AVL"}})
+    assert AVLConfig().policy in POLICIES
+
+
+@each
+def test_a_score_for_every_token_of_every_group(name):
+    view = view_for(POLICIES[name])
+    assert POLICIES[name].score(view).shape == view.attention.shape
+
+
+@each
+def test_scores_are_finite_or_protect(name):
+    scores = POLICIES[name].score(view_for(POLICIES[name]))
+    assert not scores.isnan().any()
+    assert (scores > -INF).all()
+
+
+@each
+def test_equal_views_get_equal_scores(name):
+    policy = POLICIES[name]
+    first, second = (policy.score(view_for(policy)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@each
+def test_a_view_is_only_read(name):
+    policy = POLICIES[name]
+    view, untouched = view_for(policy), view_for(policy)
+    policy.score(view)
+    for field in ("positions", "attention", "held", "num_kept"):
+        assert torch.equal(getattr(view, field), getattr(untouched, field))
+
+
+@each
+def test_every_policy_spends_the_same(name):
+    policy = POLICIES[name]
+    view = view_for(policy)
+    rows = LayerRows(0, view.positions.repeat(len(view.attention), 1))
+    labels = Candidates(view.positions, rows).label(policy.score(view), 10, 30)
+    for label, expected in ((EVICTED, 30), (SECONDARY, 10), (CORE, 20)):
+        assert ((labels == label).sum(1) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("requirement", "expected"),
+    [
+        ("ranks_text", {"h2o", "snapkv", "streaming"}),
+        ("per_head", {"h2o", "snapkv"}),
+        ("keeps_sums", {"h2o"}),
+        ("refreshes", {"avl", "full", "h2o", "random"}),
+        ("adapts", set(POLICIES) - {"full"}),
+    ],
+)
+def test_what_the_papers_ask_of_the_template(requirement, expected):
+    assert {n for n, p in POLICIES.items() if getattr(p, requirement)} == expected
+
+
+def test_windows_are_those_of_the_papers():
+    windows = {name: policy.window for name, policy in POLICIES.items()}
+    assert windows == dict.fromkeys(POLICIES, 1) | {"h2o": 32, "snapkv": 32}
+
+
+def test_avl_ranks_by_attention():
+    view = view_of()
+    assert torch.equal(POLICIES["avl"].score(view), view.attention)
+
+
+def test_full_prefers_nothing():
+    assert POLICIES["full"].score(view_of()).unique().numel() == 1
+
+
+def test_streaming_protects_the_sinks_and_prefers_the_recent():
+    scores = POLICIES["streaming"].score(view_of(8))[0]
+    assert scores.isinf().tolist() == [True] * 4 + [False] * 4
+    assert scores[4:].argsort().tolist() == [0, 1, 2, 3]
+
+
+def test_sinks_are_the_sequences_first_tokens_not_the_views():
+    view = view_of(5, positions=torch.tensor([2, 3, 4, 9, 11]))
+    scores = POLICIES["streaming"].score(view)
+    assert scores.isinf().tolist() == [[True, True, False, False, False]]
+
+
+@pytest.mark.parametrize(
+    ("num_kept", "num_recent"), [(4, 3), (5, 4), (7, 5), (8, 6), (1, 1)]
+)
+def test_h2o_protects_three_quarters_of_its_budget(num_kept, num_recent):
+    view = view_of(10, num_kept=torch.tensor([[num_kept]]))
+    scores = POLICIES["h2o"].score(view)
+    assert scores[0, 10 - num_recent :].isinf().all()
+    assert torch.equal(scores[0, : 10 - num_recent], view.sums[0, : 10 - num_recent])
+
+
+def test_h2o_counts_recent_tokens_among_the_held_of_each_head():
+    held = torch.ones(2, 10, dtype=torch.bool)
+    held[0, 7:9] = False
+    view = view_of(10, 2, held=held, num_kept=torch.tensor([[4], [8]]))
+    protected = POLICIES["h2o"].score(view).isinf() & held
+    assert protected[0].nonzero().flatten().tolist() == [5, 6, 9]
+    assert protected[1].nonzero().flatten().tolist() == [4, 5, 6, 7, 8, 9]
+
+
+def test_snapkv_spreads_attention_to_three_neighbours_on_each_side():
+    attention = torch.zeros(2, 50)
+    attention[0, 10] = attention[1, 1] = 1.0
+    scores = POLICIES["snapkv"].score(view_of(50, 2, attention=attention))
+    tokens = [row.eq(1.0).nonzero().flatten().tolist() for row in scores]
+    assert tokens == [[7, 8, 9, 10, 11, 12, 13], [0, 1, 2, 3, 4]]
+
+
+def test_snapkv_protects_the_observing_tokens():
+    scores = POLICIES["snapkv"].score(view_of(50, num_computed=70))
+    assert scores.isinf()[0].nonzero().flatten().tolist() == list(range(38, 50))
+
+
+def test_fastv_ranks_by_layer_1_in_all_layers_behind_it():
+    memo, own = {}, torch.rand(4, 1, 60)
+    scores = [
+        POLICIES["fastv"].score(view_of(layer=layer, attention=own[layer], memo=memo))
+        for layer in range(4)
+    ]
+    for score, ranking_layer in zip(scores, [0, 1, 1, 1], strict=True):
+        assert torch.equal(score, own[ranking_layer])
+
+
+def test_fastv_requests_do_not_share_a_ranking():
+    for seed in range(2):
+        memo, own = {}, torch.full((1, 60), float(seed))
+        POLICIES["fastv"].score(view_of(attention=own, memo=memo))
+        later = POLICIES["fastv"].score(view_of(layer=2, memo=memo))
+        assert torch.equal(later, own)
+
+
+@pytest.mark.parametrize(
+    "change", [{"layer": 2}, {"num_computed": 64}], ids=["layer", "length"]
+)
+def test_random_draws_anew(change):
+    policy = POLICIES["random"]
+    assert not torch.equal(policy.score(view_of()), policy.score(view_of(**change)))
+
+
+def test_random_draws_for_the_tokens_not_from_them():
+    policy = POLICIES["random"]
+    other = view_of(attention=torch.zeros(1, 60))
+    assert torch.equal(policy.score(view_of()), policy.score(other))
+
+
+def test_random_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    POLICIES["random"].score(view_of())
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,92 @@
+"""One layer's cache as vLLM's CPU kernel lays it out, and the operations on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from vllm_avl.kernels import (
+    attention_scores,
+    compact_blocks,
+    host,
+    scored_attention,
+)
+
+KEYS_BY_COLUMN = ("vec", "vec16")
+"""Instruction sets of vLLM's kernel whose keys lie `[head_size, block_size]`."""
+
+
+@dataclass(frozen=True)
+class CPUCache:
+    """A layer's cache on this rank."""
+
+    kv_cache: torch.Tensor
+    """[num_blocks, num_kv_heads, block_size, 2 · head_size], a block's keys by column,
+    then its values by row."""
+    head_size: int
+    scale: float
+    soft_cap: float
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads of this rank."""
+        return self.kv_cache.shape[1]
+
+    @property
+    def block_size(self) -> int:
+        """Rows a block holds."""
+        return self.kv_cache.shape[2]
+
+    @cached_property
+    def halves(self) -> torch.Tensor:
+        """[num_blocks, num_kv_heads, 2, block_size · head_size]: keys, values."""
+        num_blocks, num_kv_heads, block_size, _ = self.kv_cache.shape
+        return self.kv_cache.view(
+            num_blocks, num_kv_heads, 2, block_size * self.head_size
+        )
+
+    @cached_property
+    def keys(self) -> torch.Tensor:
+        """[num_blocks, num_kv_heads, block_size, head_size] view."""
+        columns = self.halves[:, :, 0].unflatten(-1, (self.head_size, self.block_size))
+        return columns.transpose(-1, -2)
+
+    @cached_property
+    def values(self) -> torch.Tensor:
+        """[num_blocks, num_kv_heads, block_size, head_size] view."""
+        return self.halves[:, :, 1].unflatten(-1, (self.block_size, self.head_size))
+
+    def scores(
+        self, query: torch.Tensor, blocks: torch.Tensor, num_tokens: int
+    ) -> torch.Tensor:
+        """As `kernels.attention_scores`."""
+        return attention_scores(
+            query, self.keys, blocks, num_tokens, self.scale, self.soft_cap
+        )
+
+    def attend(
+        self, query: torch.Tensor, blocks: torch.Tensor, num_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `kernels.scored_attention`."""
+        rest = blocks, num_tokens, self.scale, self.soft_cap
+        if self.kv_cache.dtype == torch.float32:
+            return host.scored_attention(query, self.halves, *rest)
+        return scored_attention(query, self.keys, self.values, *rest)
+
+    def move(
+        self,
+        blocks: torch.Tensor,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        heads: torch.Tensor | None,
+    ) -> None:
+        """As `kernels.compact_blocks`."""
+        half = len(source) // 2
+        first, second = source[:half], target[:half]
+        swaps = torch.equal(source[half:], second) and torch.equal(target[half:], first)
+        if swaps and heads is None and self.kv_cache.dtype == torch.float32:
+            host.swap_rows(self.halves, blocks, first, second, self.head_size)
+        else:
+            compact_blocks(self.keys, self.values, blocks, source, target, heads)
