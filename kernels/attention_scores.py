@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 TOKENS_AT_A_TIME = 256
+LOGITS_AT_A_TIME = 1 << 20
 
 
 def attention_scores(
@@ -19,7 +20,7 @@ def attention_scores(
 
     Probabilities are normalised over every key a row attends to (A-VL section
     "Vision attention"). 256 keys of one KV head are in fp32 at a time, beside the
-    logits of its query heads.
+    logits of its query heads; many rows are taken a part at a time.
 
     Args:
         query: [num_rows, num_heads, head_size], the last rows of the sequence.
@@ -37,17 +38,20 @@ def attention_scores(
     num_kv_heads = key_cache.shape[1]
     group = num_heads // num_kv_heads
     grouped = query.view(num_rows, num_kv_heads, group, head_size)
-    hidden = _future_keys(num_rows, num_tokens)
-    scores = query.new_empty(num_kv_heads, group, num_tokens, dtype=torch.float32)
-    for head in range(num_kv_heads):
-        queries = (grouped[:, head].float() * scale).flatten(0, 1)
-        logits = _logits(queries, key_cache[:, head], blocks)[:, :num_tokens]
-        if soft_cap:
-            logits = soft_cap * torch.tanh(logits / soft_cap)
-        logits = logits.unflatten(0, (num_rows, group))
-        if hidden is not None:
+    scores = query.new_zeros(num_kv_heads, group, num_tokens, dtype=torch.float32)
+    future = _future_keys(num_rows, num_tokens)
+    rows_at_a_time = max(LOGITS_AT_A_TIME // (group * num_tokens), 1)
+    for first in range(0, num_rows, rows_at_a_time):
+        part = grouped[first : first + rows_at_a_time]
+        hidden = future[first : first + rows_at_a_time]
+        for head in range(num_kv_heads):
+            queries = (part[:, head].float() * scale).flatten(0, 1)
+            logits = _logits(queries, key_cache[:, head], blocks)[:, :num_tokens]
+            if soft_cap:
+                logits = soft_cap * torch.tanh(logits / soft_cap)
+            logits = logits.unflatten(0, (len(part), group))
             logits = logits.masked_fill(hidden.unsqueeze(1), -torch.inf)
-        torch.sum(logits.softmax(-1), 0, out=scores[head])
+            scores[head] += logits.softmax(-1).sum(0)
     return scores.flatten(0, 1)
 
 
@@ -63,9 +67,7 @@ def _logits(
     return torch.cat(parts).T
 
 
-def _future_keys(num_rows: int, num_tokens: int) -> torch.Tensor | None:
+def _future_keys(num_rows: int, num_tokens: int) -> torch.Tensor:
     """[num_rows, num_tokens], True where a key lies behind its query."""
-    if num_rows == 1:
-        return None
     rows = torch.arange(num_tokens - num_rows, num_tokens)
     return torch.arange(num_tokens) > rows.unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Core selection's two costly operations in machine code, for fp32 caches on a CPU.
+"""Core selection's two costly operations in machine code, for caches on a CPU.
 
 vLLM's CPU kernel cannot give probabilities, and PyTorch moves single columns of a
 key block slowly. These are compiled by Numba, which vLLM itself requires; they hold no
@@ -11,9 +11,10 @@ column, then its values by row, as vLLM's kernel lays them out.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,54 +26,91 @@ from numba import njit
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
-@njit(nogil=True, fastmath=FAST)
-def _attend(
-    query: Any,  # [num_kv_heads, group, head_size], scaled
-    cache: Any,
-    blocks: Any,  # [num_request_blocks]
-    num_tokens: int,
-    soft_cap: float,
-    output: Any,  # [num_kv_heads, group, head_size]
-    weights: Any,  # [num_kv_heads, group, num_request_blocks * block_size]
-    first_head: int,
-    end_head: int,
-) -> None:
-    group, head_size = query.shape[1:]
-    block_size = cache.shape[3] // head_size
-    for head in range(first_head, end_head):
-        for member in range(group):
-            row = weights[head, member]
-            row[:] = 0
+@njit(inline="always")
+def _fp32(element: Any) -> Any:
+    return element
+
+
+@njit(inline="always")
+def _bf16(element: Any) -> Any:
+    # Numba shifts into 64 bits.
+    return np.uint32(np.uint32(element) << np.uint32(16)).view(np.float32)
+
+
+def _compile_attend(load: Any) -> Any:  # noqa: C901 (three functions in one)
+    """Make the attention of one decode row for caches whose elements `load` reads."""
+
+    @njit(inline="always")
+    def add_logits(query: Any, keys: Any, logits: Any) -> None:
+        size = len(logits)
+        for d in range(len(query)):
+            factor, column = query[d], keys[d * size : (d + 1) * size]
+            for slot in range(size):
+                logits[slot] += factor * load(column[slot])
+
+    @njit(inline="always")
+    def add_values(weights: Any, values: Any, output: Any) -> None:
+        size = len(output)
+        for slot in range(len(weights)):
+            weight, row = weights[slot], values[slot * size : (slot + 1) * size]
+            for d in range(size):
+                output[d] += weight * load(row[d])
+
+    @njit(nogil=True, fastmath=FAST)
+    def attend(
+        query: Any,  # [num_kv_heads, group, head_size], scaled
+        cache: Any,
+        blocks: Any,  # [num_request_blocks]
+        num_tokens: int,
+        soft_cap: float,
+        output: Any,  # [num_kv_heads, group, head_size]
+        weights: Any,  # [num_kv_heads, group, num_request_blocks * block_size]
+        first_head: int,
+        end_head: int,
+    ) -> None:
+        group = query.shape[1]
+        size = weights.shape[2] // len(blocks)
+        for head in range(first_head, end_head):
+            weights[head], output[head] = 0, 0
             for index in range(len(blocks)):
                 keys = cache[blocks[index], head, 0]
-                logits = row[index * block_size : (index + 1) * block_size]
-                for d in range(head_size):
-                    factor = query[head, member, d]
-                    column = keys[d * block_size : (d + 1) * block_size]
-                    for slot in range(block_size):
-                        logits[slot] += factor * column[slot]
-            if soft_cap > 0:
-                for token in range(num_tokens):
-                    row[token] = soft_cap * np.tanh(row[token] / soft_cap)
-            largest = row[0]
-            for token in range(1, num_tokens):
-                largest = max(largest, row[token])
-            total = np.float32(0)
-            for token in range(num_tokens):
-                row[token] = np.exp(row[token] - largest)
-                total += row[token]
-            out = output[head, member]
-            out[:] = 0
-            for token in range(num_tokens):
-                row[token] /= total
+                part = weights[head, :, index * size : (index + 1) * size]
+                for member in range(group):
+                    add_logits(query[head, member], keys, part[member])
+            for member in range(group):
+                _softmax(weights[head, member, :num_tokens], soft_cap)
             for index in range(len(blocks)):
                 values = cache[blocks[index], head, 1]
-                filled = min(block_size, num_tokens - index * block_size)
-                for slot in range(filled):
-                    weight = row[index * block_size + slot]
-                    value = values[slot * head_size : (slot + 1) * head_size]
-                    for d in range(head_size):
-                        out[d] += weight * value[d]
+                end = min((index + 1) * size, num_tokens)
+                for member in range(group):
+                    used = weights[head, member, index * size : end]
+                    add_values(used, values, output[head, member])
+
+    return attend
+
+
+@njit(nogil=True, fastmath=FAST)
+def _softmax(row: Any, soft_cap: float) -> None:
+    if soft_cap > 0:
+        for token in range(len(row)):
+            row[token] = soft_cap * np.tanh(row[token] / soft_cap)
+    largest = row[0]
+    for token in range(1, len(row)):
+        largest = max(largest, row[token])
+    total = np.float32(0)
+    for token in range(len(row)):
+        row[token] = np.exp(row[token] - largest)
+        total += row[token]
+    for token in range(len(row)):
+        row[token] /= total
+
+
+ATTEND = {
+    torch.float32: _compile_attend(_fp32),
+    torch.bfloat16: _compile_attend(_bf16),
+}
+DTYPES = tuple(ATTEND)
+"""Element types of caches that this module serves."""
 
 
 @njit(nogil=True)
@@ -109,15 +147,16 @@ def scored_attention(
     scale: float,
     soft_cap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `kernels.scored_attention`, on an fp32 cache as this module describes."""
+    """As `kernels.scored_attention`, on a cache as this module describes."""
     num_kv_heads, head_size = kv_cache.shape[1], query.shape[-1]
     block_size = kv_cache.shape[3] // head_size
     queries = (query.float() * scale).view(num_kv_heads, -1, head_size)
     output = torch.empty_like(queries)
     weights = queries.new_empty(*queries.shape[:2], len(blocks) * block_size)
-    arrays = (queries.numpy(), kv_cache.numpy(), blocks.numpy())
+    attend = ATTEND[kv_cache.dtype]
+    arrays = (queries.numpy(), _array(kv_cache), blocks.numpy())
     rest = (np.float32(soft_cap), output.numpy(), weights.numpy())
-    _share(num_kv_heads, lambda *heads: _attend(*arrays, num_tokens, *rest, *heads))
+    _share(num_kv_heads, lambda *heads: attend(*arrays, num_tokens, *rest, *heads))
     return output.flatten(0, 1), weights.flatten(0, 1)[:, :num_tokens]
 
 
@@ -131,51 +170,70 @@ def swap_rows(
     """Exchange the rows at positions `first` with those at `second`, for every head.
 
     Args:
-        kv_cache: fp32, as this module describes.
+        kv_cache: as this module describes.
         blocks: [num_request_blocks] block ids of the request, int64.
         first: [num_swaps] positions in the request, int64.
         second: [num_swaps] other positions; all are distinct.
         head_size: elements a row holds.
     """
-    arrays = (kv_cache.numpy(), blocks.numpy(), first.numpy(), second.numpy())
+    arrays = (_array(kv_cache), blocks.numpy(), first.numpy(), second.numpy())
     _share(kv_cache.shape[1], lambda *heads: _swap(*arrays, head_size, *heads))
 
 
-def compile_all() -> None:
-    """Compile now what the first refresh would wait for, and start the threads."""
-    cache = torch.zeros(2, 2, 2, 64)
+def start(dtype: torch.dtype, cores: Collection[int]) -> None:
+    """Compile for caches of `dtype`, so that the first refresh need not wait.
+
+    Args:
+        dtype: of the cache; one that is not in DTYPES needs nothing.
+        cores: where the threads may run.
+    """
+    if dtype not in DTYPES:
+        return
+    _threads.cores = frozenset(cores)
+    cache = torch.zeros(2, 2, 2, 64, dtype=dtype)
     blocks = torch.zeros(1, dtype=torch.int64)
     scored_attention(torch.zeros(2, 2), cache, blocks, 1, 1.0)
     swap_rows(cache, blocks, blocks, blocks, 2)
 
 
+class _Threads:
+    """As many threads as PyTorch has, on the cores it was told of.
+
+    vLLM binds the thread that calls us to one core, and its heirs with it.
+    """
+
+    def __init__(self) -> None:
+        self.cores = frozenset(os.sched_getaffinity(0))
+
+    @cached_property
+    def pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(
+            torch.get_num_threads(),
+            thread_name_prefix="avl",
+            initializer=lambda: os.sched_setaffinity(0, self.cores),
+        )
+
+
+_threads = _Threads()
+
+
 def _share(num_heads: int, work: Callable[[int, int], None]) -> None:
     """Call `work(first_head, end_head)` on every thread; return when all are done."""
     num_threads = min(torch.get_num_threads(), num_heads)
-    borders = [num_heads * i // num_threads for i in range(num_threads + 1)]
     if num_threads == 1:
         work(0, num_heads)
         return
-    shares = zip(borders[:-1], borders[1:], strict=True)
-    futures = [_pool().submit(work, *share) for share in shares]
+    borders = [num_heads * i // num_threads for i in range(num_threads + 1)]
+    futures = [_threads.pool.submit(work, *share) for share in pairwise(borders)]
     for future in futures:
         future.result()
 
 
-@cache
-def _pool() -> ThreadPoolExecutor:
-    """Threads that may run on every core this process had when it was imported.
-
-    vLLM binds the thread that calls us to one core, and its heirs with it.
-    """
-    return ThreadPoolExecutor(
-        torch.get_num_threads(),
-        thread_name_prefix="avl",
-        initializer=lambda: os.sched_setaffinity(0, CORES),
-    )
-
-
-CORES = os.sched_getaffinity(0)
+def _array(cache: torch.Tensor) -> Any:
+    """NumPy has no bf16: its bits."""
+    if cache.dtype == torch.bfloat16:
+        return cache.view(torch.uint16).numpy()
+    return cache.numpy()
 
 
 def _answer_no_special_names(original: Callable[[Any, str], Any]) -> Any:

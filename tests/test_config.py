@@ -35,7 +35,8 @@ from vllm_avl.config import AVLConfig, parse_config, parse_overrides
         ({"core_refresh_interval": True}, "core_refresh_interval = True: must be an"),
         ({"text_keep_ratio": 1.1}, "text_keep_ratio = 1.1: must be a number in (0, 1]"),
         ({"text_heavy_ratio": 0}, "text_heavy_ratio = 0: must be a number in (0, 1]"),
-        ({"text_min_tokens": -3}, "text_min_tokens = -3: must be an integer of at"),
+        ({"text_min_tokens": -3}, "text_min_tokens = -3: must be an integer from"),
+        ({"text_min_tokens": 2**40}, "must be an integer from 0 to 2147483647"),
         ({"text_decay": 2}, "text_decay = 2: must be a number in (0, 1]"),
         ({"head_reduction": "sum"}, "head_reduction = 'sum': must be mean or max"),
         (

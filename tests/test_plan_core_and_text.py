@@ -14,8 +14,13 @@ from vllm_avl.plan import TextWindow, make_plan
 SIZES = [0.05, 0.3, 0.5, 0.7, 0.99, 1.0]
 
 
-def plan_of(num_tokens=600, ranges=((5, 581),), block_size=32, **settings):
-    return make_plan(num_tokens, ranges, block_size, AVLConfig(**settings))
+def plan_of(
+    num_tokens=600, ranges=((5, 581),), block_size=32, max_num_tokens=None, **settings
+):
+    config = AVLConfig(**settings)
+    return make_plan(
+        num_tokens, ranges, block_size, config, max_num_tokens=max_num_tokens
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,6 +100,15 @@ def test_text_leaves_as_if_decided_step_by_step(
     expected = list(blocks_evicted_step_by_step(plan, ratio, min_tokens, lengths))
     assert [plan.num_evicted_text_blocks(n) for n in lengths] == expected
     assert expected == sorted(expected)
+
+
+@given(max_num_tokens=st.integers(601, 800), min_tokens=st.integers(0, 40))
+def test_there_is_a_window_where_the_answer_can_outgrow_it(max_num_tokens, min_tokens):
+    settings = {"text_keep_ratio": 0.5, "text_min_tokens": min_tokens}
+    unlimited = plan_of(**settings)
+    plan = plan_of(max_num_tokens=max_num_tokens, **settings)
+    outgrown = unlimited.num_evicted_text_blocks(max_num_tokens) > 0
+    assert (plan.text_window is not None) == outgrown
 
 
 def test_without_a_window_no_text_leaves():
@@ -201,8 +215,9 @@ STORE_ALL = {"vision_store_ratio": 1.0}
         STORE_ALL,
         STORE_ALL | {"vision_core_ratio": 0.3, "core_refresh_interval": 0},
         STORE_ALL | {"vision_core_ratio": 0.999},
+        STORE_ALL | {"text_keep_ratio": 0.5, "max_num_tokens": 644},
     ],
-    ids=["all-read", "core-never-used", "core-of-all-blocks"],
+    ids=["all-read", "core-never-used", "core-of-all-blocks", "short-answer"],
 )
 def test_nothing_saved_is_no_plan(settings):
     assert plan_of(**settings) is None
@@ -227,7 +242,14 @@ def test_text_alone_keeps_the_prompts_blocks():
     assert plan.num_stored_vision == plan.num_core_vision == plan.num_vision_tokens
 
 
-@pytest.mark.parametrize("num_text", [0.7, 1.0])
-def test_a_plan_survives_the_way_to_the_workers(num_text):
-    plan = plan_of(vision_core_ratio=0.2, text_keep_ratio=num_text)
+@pytest.mark.parametrize(("last_encoded", "expected"), [(590, 10), (None, 64)])
+def test_scoring_rows_begin_at_the_last_encoded_input_at_most(last_encoded, expected):
+    config = AVLConfig(observation_window=64)
+    plan = make_plan(600, [(5, 500)], 32, config, last_encoded)
+    assert plan.num_scoring_rows == expected
+
+
+@pytest.mark.parametrize("text_keep_ratio", [0.7, 1.0])
+def test_a_plan_survives_the_way_to_the_workers(text_keep_ratio):
+    plan = plan_of(vision_core_ratio=0.2, text_keep_ratio=text_keep_ratio)
     assert pickle.loads(pickle.dumps(plan)) == plan

@@ -37,7 +37,9 @@ Ratio = Annotated[
     BeforeValidator(_no_switch),
 ]
 Switch = Annotated[bool, BeforeValidator(_only_switch)]
-Count = Annotated[int, Field(ge=0, strict=True), BeforeValidator(_no_switch)]
+Count = Annotated[
+    int, Field(ge=0, le=2**31 - 1, strict=True), BeforeValidator(_no_switch)
+]
 PolicyName = Annotated[str, BeforeValidator(_only_policy)]
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -92,7 +94,7 @@ class AVLConfig(BaseModel):
     introspection: int = Field(
         0,
         ge=0,
-        le=1024,
+        le=256,
         strict=True,
         description="finished requests to remember which rows they stored; 0 is off",
     )
@@ -172,7 +174,11 @@ def parse_overrides(extra_args: Mapping[str, Any] | None) -> RequestOverrides:
     Raises:
         ValueError: one line a fault, each with field, value and what is allowed.
     """
-    ours = {key: value for key, value in (extra_args or {}).items() if _is_ours(key)}
+    ours = {
+        key: value
+        for key, value in (extra_args or {}).items()
+        if isinstance(key, str) and _is_ours(key)
+    }
     return _validate(RequestOverrides, ours, REQUEST_PREFIX)
 
 
@@ -207,7 +213,7 @@ def _check_core(config: AVLConfig, name: str) -> None:
 
 
 RATIO = "a number in (0, 1]"
-COUNT = "an integer of at least 0"
+COUNT = "an integer from 0 to 2147483647"
 POLICY = f"one of {', '.join(POLICIES)}"
 ALLOWED = {
     "policy": POLICY,
@@ -221,7 +227,7 @@ ALLOWED = {
     "head_reduction": "mean or max",
     "observation_window": "an integer from 1 to 256, or null",
     "refresh_all_ranks": "true or false",
-    "introspection": "an integer from 0 to 1024",
+    "introspection": "an integer from 0 to 256",
     "avl": "0 or 1",
     "avl_policy": POLICY,
     "avl_store_ratio": RATIO,

@@ -157,6 +157,8 @@ def make_plan(
     vision_ranges: Sequence[tuple[int, int]],
     block_size: int,
     config: AVLConfig,
+    last_encoded: int | None = None,
+    max_num_tokens: int | None = None,
 ) -> Plan | None:
     """Plan one request, or return None where nothing would be saved.
 
@@ -166,6 +168,10 @@ def make_plan(
             at least one.
         block_size: tokens a KV block holds.
         config: the request's settings.
+        last_encoded: where the last placeholders of an encoder begin; by default
+            where the last range does.
+        max_num_tokens: the longest that prompt and answer can become; None where
+            not known.
     """
     num_full_blocks = num_prompt_tokens // block_size
     num_vision = count(clip(vision_ranges, num_full_blocks * block_size))
@@ -182,8 +188,15 @@ def make_plan(
         window = TextWindow(
             config.text_keep_ratio, config.text_heavy_ratio, config.text_min_tokens
         )
+        if max_num_tokens is not None:
+            most = max_num_tokens - vision_ranges[0][0] - count(vision_ranges)
+            if most - window.size(most) < block_size:
+                window = None
+    assert num_core_blocks <= num_stored_blocks, "core is a part of what is stored"
     if window is None and num_core_blocks == num_full_blocks:
         return None
+    if last_encoded is None:
+        last_encoded = vision_ranges[-1][0]
     return Plan(
         config=config,
         num_prompt_tokens=num_prompt_tokens,
@@ -192,11 +205,11 @@ def make_plan(
         num_stored_blocks=num_stored_blocks,
         num_core_blocks=num_core_blocks,
         vision_ranges=tuple(vision_ranges),
-        # From the last image on at most: its encoder output is then the only one
+        # From the last picture on at most: its encoder output is then the only one
         # that the last chunk can be waiting for.
         num_scoring_rows=min(
             config.observation_window or POLICIES[config.policy].window,
-            num_prompt_tokens - vision_ranges[-1][0],
+            num_prompt_tokens - last_encoded,
         ),
         text_window=window,
     )

@@ -103,13 +103,14 @@ def _check_chunks(scheduler_config: Any, avl_config: AVLConfig) -> None:
     window = avl_config.observation_window or max(p.window for p in POLICIES.values())
     last_chunk = max(window, 2)
     needed = scheduler_config.max_num_seqs + last_chunk - 1
-    if scheduler_config.max_num_batched_tokens < needed:
-        raise UnsupportedError(
-            f"{BACKEND} needs --max-num-batched-tokens of at least {needed} "
-            f"(--max-num-seqs {scheduler_config.max_num_seqs} and observation_window "
-            f"{window}), not "
-            f"{scheduler_config.max_num_batched_tokens}; raise it, {WAY_OUT}"
-        )
+    for name in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
+        tokens = getattr(scheduler_config, name)
+        if tokens is not None and tokens < needed:
+            raise UnsupportedError(
+                f"{BACKEND} needs --{name.replace('_', '-')} of at least {needed} "
+                f"(--max-num-seqs {scheduler_config.max_num_seqs} and "
+                f"observation_window {window}), not {tokens}; raise it, {WAY_OUT}"
+            )
     threshold = scheduler_config.long_prefill_token_threshold
     if 0 < threshold < last_chunk:
         raise UnsupportedError(
@@ -151,6 +152,20 @@ def check_layer(
                 f"{BACKEND} does not support models with {feature}; choose another "
                 f"model, {WAY_OUT}"
             )
+
+
+def check_layer_names(names: Sequence[str], index_of: Callable[[str], int]) -> None:
+    """Refuse layers that cannot be told apart by the number in their name."""
+    try:
+        indices = {index_of(name) for name in names}
+    except AssertionError:
+        indices = set()
+    if len(indices) != len(names):
+        raise UnsupportedError(
+            f"{BACKEND} supports models whose attention layers are numbered, and the "
+            f"names of this one's are {', '.join(names)}; choose another model, "
+            f"{WAY_OUT}"
+        )
 
 
 def check_spec(spec: object, ours: type) -> None:

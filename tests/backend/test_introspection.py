@@ -134,11 +134,11 @@ def test_everything_in_the_full_blocks_competes_where_text_is_ranked():
 
 @pytest.mark.parametrize(
     ("policy", "expected"),
-    [("avl", [9, 10, 11, 29, 30, 31]), ("h2o", list(range(3, 32)))],
+    [("avl", [9, 10, 11, 30, 31]), ("h2o", list(range(3, 32)))],
 )
 def test_what_lies_behind_the_first_image_ages(policy, expected):
     config = AVLConfig(policy=policy, text_keep_ratio=0.5)
-    state = RequestState(make_plan(30, ((3, 9), (12, 29)), 8, config))
+    state = RequestState(make_plan(30, ((3, 9), (12, 30)), 8, config))
     positions = torch.arange(32).flip(0).repeat(2, 1)
     ages = state.ages(positions)
     assert ages.shape == (2, 32)
@@ -164,6 +164,17 @@ def test_nothing_is_remembered_unless_asked_for():
     finish(requests, "a")
     assert requests.find("a") is None
     assert requests.running == {}
+
+
+def test_a_remembered_request_keeps_its_report_and_no_sums():
+    requests = WorkerRequests(2)
+    state = answering(policy="h2o")
+    state.layers[1].sums = torch.ones(1, 14)
+    requests.running["a"] = state
+    before = report("a", state)
+    requests.update(["a"], (), {})
+    assert report("a", requests.find("a")) == before
+    assert state.layers[1].sums is None
 
 
 def test_preempted_requests_are_forgotten():

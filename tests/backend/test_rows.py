@@ -180,6 +180,20 @@ def test_a_block_of_evicted_text_costs_at_most_two_blocks_of_moves(
     assert torch.equal(secondary, torch.arange(num_secondary).expand(num_heads, -1))
 
 
+@settings(deadline=None)
+@given(case=arrangements())
+def test_rows_of_a_refresh_change_places(case):
+    rows, labels, _, core_start, num_heads = case
+    labels = labels.where(labels != EVICTED, SECONDARY)
+    _, _, _, (source, target, heads) = rearranged(
+        (rows, labels, rows.start, core_start, num_heads)
+    )
+    there = zip(source.tolist(), target.tolist(), strict=True)
+    back = zip(target.tolist(), source.tolist(), strict=True)
+    if heads is None:
+        assert Counter(there) == Counter(back)
+
+
 def test_rows_do_not_move_where_all_is_in_order():
     rows = LayerRows(8, torch.tensor([[7, 3, 5, 1]]))
     labels = torch.tensor([[SECONDARY, SECONDARY, CORE, CORE]])

@@ -24,23 +24,33 @@ def rankings(draw):
     if shared:
         held = held[:1] * num_rankings
     slots = [draw(st.permutations(kept + others)) for kept in held]
-    some = st.sampled_from([0.0, 0.25, 0.5, 1.0, INF])
+    some = st.sampled_from([-1.0, 0.0, 0.25, 1.0, INF, NAN])
     row = st.lists(some, min_size=len(positions), max_size=len(positions))
     scores = [draw(row) for _ in range(1 if shared else num_rankings)]
+    core_scores = [draw(row) for _ in scores]
     num_evicted = draw(st.integers(0, num_held))
     num_secondary = draw(st.integers(0, num_held - num_evicted))
-    return positions, slots, scores, num_secondary, num_evicted
+    return positions, slots, scores, num_evicted, core_scores, num_secondary
 
 
-def label_by_hand(positions, slots, scores, num_secondary, num_evicted):
+def rated(score):
+    """No number is worse than any."""
+    return -INF if score != score else score
+
+
+def label_by_hand(positions, slots, scores, num_evicted, core_scores, num_secondary):
     labels = []
     for ranking, row in enumerate(slots):
-        score_of = dict(zip(positions, scores[ranking % len(scores)], strict=True))
+        group = ranking % len(scores)
+        score_of = dict(zip(positions, map(rated, scores[group]), strict=True))
+        core_score_of = dict(
+            zip(positions, map(rated, core_scores[group]), strict=True)
+        )
         held = [position for position in row if position in score_of]
         worst_first = sorted(held, key=lambda p: (score_of[p], -p))
-        label_of = dict.fromkeys(worst_first[:num_evicted], EVICTED) | dict.fromkeys(
-            worst_first[num_evicted : num_evicted + num_secondary], SECONDARY
-        )
+        evicted, stored = worst_first[:num_evicted], worst_first[num_evicted:]
+        secondary = sorted(stored, key=lambda p: (core_score_of[p], -p))[:num_secondary]
+        label_of = dict.fromkeys(evicted, EVICTED) | dict.fromkeys(secondary, SECONDARY)
         labels.append([label_of.get(position, CORE) for position in row])
     return labels
 
@@ -53,9 +63,9 @@ def candidates_of(positions, slots):
 @settings(deadline=None)
 @given(case=rankings())
 def test_labels_equal_a_sort_by_score_and_position(case):
-    positions, slots, scores, num_secondary, num_evicted = case
+    positions, slots, scores, num_evicted, core_scores, num_secondary = case
     labels = candidates_of(positions, slots).label(
-        torch.tensor(scores), num_secondary, num_evicted
+        torch.tensor(scores), num_evicted, torch.tensor(core_scores), num_secondary
     )
     assert labels.tolist() == label_by_hand(*case)
 
@@ -87,27 +97,54 @@ def test_values_come_into_the_candidates_order(case, num_heads):
 
 @pytest.mark.parametrize("slots", [[2, 4, 6, 8], [8, 6, 4, 2], [6, 2, 8, 4]])
 def test_of_equal_scores_the_lower_position_wins_in_any_slot(slots):
-    labels = candidates_of([2, 4, 6, 8], [slots]).label(torch.zeros(1, 4), 1, 1)
+    labels = candidates_of([2, 4, 6, 8], [slots]).label(
+        torch.zeros(1, 4), 1, torch.zeros(1, 4), 1
+    )
     label_of = dict(zip(slots, labels[0].tolist(), strict=True))
     assert label_of == {2: CORE, 4: CORE, 6: SECONDARY, 8: EVICTED}
 
 
+def test_of_many_equal_scores_the_lower_positions_win():
+    few = torch.arange(200).remainder(3).float().unsqueeze(0)
+    labels = candidates_of(list(range(200)), [list(range(200))]).label(few, 50, few, 60)
+    case = [list(range(200))], few.tolist(), 50, few.tolist(), 60
+    assert labels.tolist() == label_by_hand(list(range(200)), *case)
+
+
 def test_a_token_that_is_gone_takes_nobodys_place():
     scores = torch.tensor([[5.0, 1.0, 9.0, 2.0]])
-    labels = candidates_of([0, 1, 2, 3], [[3, 1, 0, 7]]).label(scores, 1, 0)
+    labels = candidates_of([0, 1, 2, 3], [[3, 1, 0, 7]]).label(scores, 0, scores, 1)
     assert labels.tolist() == [[CORE, SECONDARY, CORE, CORE]]
 
 
 def test_heads_of_one_ranking_get_the_same_labels_in_their_own_slots():
     scores = torch.tensor([[1.0, 2.0, 3.0]])
-    labels = candidates_of([0, 1, 2], [[0, 1, 2], [2, 0, 1]]).label(scores, 1, 1)
+    candidates = candidates_of([0, 1, 2], [[0, 1, 2], [2, 0, 1]])
+    labels = candidates.label(scores, 1, scores, 1)
     assert labels.tolist() == [[EVICTED, SECONDARY, CORE], [CORE, EVICTED, SECONDARY]]
 
 
 def test_heads_with_rankings_of_their_own_keep_what_they_look_at():
     scores = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
-    labels = candidates_of([0, 1], [[0, 1], [0, 1]]).label(scores, 0, 1)
+    labels = candidates_of([0, 1], [[0, 1], [0, 1]]).label(scores, 1, None, 0)
     assert labels.tolist() == [[EVICTED, CORE], [CORE, EVICTED]]
+
+
+def test_core_is_chosen_by_its_own_scores_of_what_is_stored():
+    scores = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+    core_scores = torch.tensor([[0.0, 1.0, 2.0, 9.0]])
+    labels = candidates_of([0, 1, 2, 3], [[0, 1, 2, 3]]).label(
+        scores, 1, core_scores, 1
+    )
+    assert labels.tolist() == [[SECONDARY, CORE, CORE, EVICTED]]
+
+
+def test_a_budget_below_what_is_protected_is_kept():
+    protected = torch.full((1, 4), INF)
+    labels = candidates_of([0, 1, 2, 3], [[0, 1, 2, 3]]).label(
+        protected, 2, protected, 1
+    )
+    assert labels.tolist() == [[CORE, SECONDARY, EVICTED, EVICTED]]
 
 
 @st.composite
@@ -192,6 +229,10 @@ def test_recent_text_never_leaves():
 
 def test_of_equal_sums_the_lower_position_stays_in_any_slot():
     assert leaving([3, 0, 2, 1, 9], [1.0] * 5, 1, 2) == [2, 3]
+
+
+def test_of_many_equal_sums_the_lower_positions_stay():
+    assert leaving(list(range(200)), [1.0] * 200, 10, 50) == list(range(140, 190))
 
 
 def test_unscored_text_leaves_behind_all_that_is_scored():

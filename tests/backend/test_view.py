@@ -130,18 +130,25 @@ def test_a_replay_without_core_has_no_work():
     assert view.tasks == []
 
 
-def test_text_leaves_behind_the_step_and_the_next_one_starts_later():
+@pytest.mark.parametrize(
+    ("settings", "first"), [({}, START), (CORE, CORE_START)], ids=["stored", "core"]
+)
+def test_text_leaves_behind_the_step_and_the_next_one_starts_later(settings, first):
     # At 645 tokens a block's worth of text is outside of the window.
-    table, view = view_of([(state_of(**CORE, **TEXT), 644, 1)])
-    assert view.tasks[0].num_aged == BLOCK_SIZE
-    settings = CORE | TEXT | {"core_refresh_interval": 2}
+    settings = settings | TEXT | {"core_refresh_interval": 2}
     table, view = view_of([(state_of(**settings), 644, 1)])
-    assert read(view) == (own(table, CORE_START, 21), 645 - CORE_START * 32)
-    assert [task.num_aged for task in view.tasks] == [BLOCK_SIZE]
-    assert not view.tasks[0].scores
+    assert read(view) == (own(table, first, 21), 645 - first * 32)
+    (task,) = view.tasks
+    assert (task.num_aged, task.scores) == (BLOCK_SIZE, False)
     table, view = view_of([(state_of(**settings), 646, 1)])
-    assert read(view) == (own(table, CORE_START + 1, 21), 647 - (CORE_START + 1) * 32)
+    assert read(view) == (own(table, first + 1, 21), 647 - (first + 1) * 32)
     assert view.tasks == []
+
+
+def test_text_may_leave_in_a_step_that_scores():
+    _, view = view_of([(state_of(**CORE, **TEXT), 644, 1)])
+    (task,) = view.tasks
+    assert (task.num_aged, task.scores) == (BLOCK_SIZE, True)
 
 
 def test_text_without_core_is_scored_at_the_interval():
@@ -155,7 +162,7 @@ def test_text_without_core_is_scored_at_the_interval():
 
 def test_a_long_question_ages_when_the_prompt_ends():
     plan = make_plan(700, ((5, 50),), BLOCK_SIZE, AVLConfig(text_keep_ratio=0.5))
-    _, view = view_of([(RequestState(plan), 100, 600)])
+    _, view = view_of([(RequestState(plan), 600, 100)])
     # 650 text tokens behind the image: 325 are too many, 10 blocks.
     assert view.tasks[0].num_aged == 10 * BLOCK_SIZE
     _, view = view_of([(RequestState(plan), 700, 1)])

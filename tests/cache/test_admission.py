@@ -73,3 +73,17 @@ def test_ranges_leave_out_what_is_not_embedded():
     mask = torch.tensor([0, 1, 1, 0, 1, 0], dtype=torch.bool)
     both = [feature(20, 6, is_embed=mask), feature(3, 4)]
     assert vision_ranges(request(both)) == [(3, 7), (21, 23), (24, 25)]
+
+
+def test_the_window_reaches_back_to_the_last_pictures_first_placeholder():
+    mask = torch.ones(400, dtype=torch.bool)
+    mask[::20] = False
+    params = SamplingParams(max_tokens=8)
+    config = AVLConfig(observation_window=256)
+    rows = [feature(5, 200), feature(290, 400, is_embed=mask)]
+    made = plan_request(request(rows, params), config, 32)
+    assert made.num_scoring_rows == 256
+    short = plan_request(request([feature(5, 575, is_embed=None)]), config, 32)
+    assert short.num_scoring_rows == 256
+    late = [feature(5, 400), feature(650, 40)]
+    assert plan_request(request(late), config, 32).num_scoring_rows == 50

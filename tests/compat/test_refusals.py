@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -95,6 +96,7 @@ def settings(**changes):
             "max_num_seqs": 8,
             "max_num_batched_tokens": 2048,
             "long_prefill_token_threshold": 0,
+            "max_num_scheduled_tokens": None,
         },
     }
     for name, value in changes.items():
@@ -136,6 +138,10 @@ def test_the_supported_configuration_starts():
         ({"cache_config__kv_offloading_size": 1}, "KV offloading"),
         ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype"),
         ({"cache_config__kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
+        (
+            {"scheduler_config__max_num_scheduled_tokens": 16},
+            "--max-num-scheduled-tokens of at least",
+        ),
         (
             {"scheduler_config__long_prefill_token_threshold": 1},
             "--long-prefill-token-threshold of at least 32",
@@ -214,3 +220,11 @@ def test_cache_groups():
     ):
         with pytest.raises(UnsupportedError, match=named):
             support.check_groups(groups, AVLSpec)
+
+
+def test_layers_that_are_not_numbered():
+    names = ["model.layers.0.attn", "model.layers.1.attn"]
+    support.check_layer_names(names, extract_layer_index)
+    for odd in (["attn"], [*names, "model.layers.1.attn"], ["towers.0.layers.1.attn"]):
+        with pytest.raises(UnsupportedError, match="attention layers are numbered"):
+            support.check_layer_names(odd, extract_layer_index)

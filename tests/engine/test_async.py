@@ -120,6 +120,12 @@ class FakeWorker:
             torch.tensor([0, num_tokens]),
             BLOCK_SIZE,
         )
+        for task in view.tasks:
+            stored = task.state.plan.num_freed_blocks(task.num_computed)
+            touched = set(task.blocks[stored:].tolist())
+            assert held is None or touched <= held, (
+                f"{request_id} writes others' blocks"
+            )
         self.num_compacted += sum(task.compacts for task in view.tasks)
         num_blocks = -(-int(view.seq_lens[0]) // BLOCK_SIZE)
         read = view.block_table[0, :num_blocks].tolist()

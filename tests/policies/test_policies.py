@@ -25,6 +25,7 @@ def view_of(num_tokens=60, num_groups=1, **changes):
         sums=draw(),
         held=torch.ones(num_groups, num_tokens, dtype=torch.bool),
         num_kept=torch.full((num_groups, 1), num_tokens // 2),
+        num_scoring_rows=1,
         layer=1,
         num_computed=num_tokens + 3,
         memo={},
@@ -82,7 +83,8 @@ def test_every_policy_spends_the_same(name):
     policy = POLICIES[name]
     view = view_for(policy)
     rows = LayerRows(0, view.positions.repeat(len(view.attention), 1))
-    labels = Candidates(view.positions, rows).label(policy.score(view), 10, 30)
+    scores = policy.score(view)
+    labels = Candidates(view.positions, rows).label(scores, 30, scores, 10)
     for label, expected in ((EVICTED, 30), (SECONDARY, 10), (CORE, 20)):
         assert ((labels == label).sum(1) == expected).all()
 
@@ -128,13 +130,13 @@ def test_sinks_are_the_sequences_first_tokens_not_the_views():
 
 
 @pytest.mark.parametrize(
-    ("num_kept", "num_recent"), [(4, 3), (5, 4), (7, 5), (8, 6), (1, 1)]
+    ("num_kept", "num_recent"), [(4, 3), (5, 4), (7, 5), (20, 15), (1, 1)]
 )
 def test_h2o_protects_three_quarters_of_its_budget(num_kept, num_recent):
-    view = view_of(10, num_kept=torch.tensor([[num_kept]]))
+    view = view_of(30, num_kept=torch.tensor([[num_kept]]))
     scores = POLICIES["h2o"].score(view)
-    assert scores[0, 10 - num_recent :].isinf().all()
-    assert torch.equal(scores[0, : 10 - num_recent], view.sums[0, : 10 - num_recent])
+    assert scores[0, 30 - num_recent :].isinf().all()
+    assert torch.equal(scores[0, : 30 - num_recent], view.sums[0, : 30 - num_recent])
 
 
 def test_h2o_counts_recent_tokens_among_the_held_of_each_head():
@@ -155,8 +157,15 @@ def test_snapkv_spreads_attention_to_three_neighbours_on_each_side():
 
 
 def test_snapkv_protects_the_observing_tokens():
-    scores = POLICIES["snapkv"].score(view_of(50, num_computed=70))
+    scores = POLICIES["snapkv"].score(view_of(50, num_computed=70, num_scoring_rows=32))
     assert scores.isinf()[0].nonzero().flatten().tolist() == list(range(38, 50))
+
+
+def test_snapkv_does_not_count_what_observing_tokens_pay_each_other():
+    attention = torch.zeros(1, 50)
+    attention[0, 45] = 1.0
+    view = view_of(50, attention=attention, num_computed=50, num_scoring_rows=5)
+    assert POLICIES["snapkv"].score(view)[0, :45].eq(0).all()
 
 
 def test_fastv_ranks_by_layer_1_in_all_layers_behind_it():

@@ -28,7 +28,7 @@ from vllm_avl.backend.request import Task
 from vllm_avl.backend.step import current_step
 from vllm_avl.backend.view import make_view
 from vllm_avl.cache.spec import AVLSpec, adapt
-from vllm_avl.support import check_layer, check_spec
+from vllm_avl.support import check_layer, check_layer_names, check_spec
 
 RANKS = Ranks(tensor_model_parallel_all_reduce, tensor_model_parallel_all_gather)
 
@@ -51,6 +51,7 @@ class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
         device: torch.device,
     ) -> None:
         check_spec(kv_cache_spec, AVLSpec)
+        check_layer_names(layer_names, extract_layer_index)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         if self.isa not in KEYS_BY_COLUMN:
             # AMX packs keys in tiles; this kernel's rows can be moved one by one.
@@ -68,13 +69,16 @@ class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
         row_states = step.row_states() if step is not None else []
         if not row_states:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
-        view = make_view(
-            row_states,
-            common_attn_metadata.block_table_tensor,
-            common_attn_metadata.seq_lens,
-            common_attn_metadata.query_start_loc_cpu,
-            self.block_size,
-        )
+        assert step is not None
+        if step.view is None:
+            step.view = make_view(
+                row_states,
+                common_attn_metadata.block_table_tensor,
+                common_attn_metadata.seq_lens,
+                common_attn_metadata.query_start_loc_cpu,
+                self.block_size,
+            )
+        view = step.view
         shifted = common_attn_metadata.replace(
             seq_lens=view.seq_lens,
             block_table_tensor=view.block_table,

@@ -71,7 +71,7 @@ class CPUCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `kernels.scored_attention`."""
         rest = blocks, num_tokens, self.scale, self.soft_cap
-        if self.kv_cache.dtype == torch.float32:
+        if self.kv_cache.dtype in host.DTYPES:
             return host.scored_attention(query, self.halves, *rest)
         return scored_attention(query, self.keys, self.values, *rest)
 
@@ -86,7 +86,7 @@ class CPUCache:
         half = len(source) // 2
         first, second = source[:half], target[:half]
         swaps = torch.equal(source[half:], second) and torch.equal(target[half:], first)
-        if swaps and heads is None and self.kv_cache.dtype == torch.float32:
+        if swaps and heads is None and self.kv_cache.dtype in host.DTYPES:
             host.swap_rows(self.halves, blocks, first, second, self.head_size)
         else:
             compact_blocks(self.keys, self.values, blocks, source, target, heads)

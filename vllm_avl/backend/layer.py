@@ -146,7 +146,7 @@ class Layer:
             num_scoring_rows=state.plan.num_scoring_rows,
             layer=self.index,
             num_computed=task.num_tokens,
-            memo=task.memo,
+            memo=state.memo,
         )
         of_core = replace(view, num_kept=view.num_kept - num_secondary)
         return candidates.label(
@@ -167,7 +167,9 @@ class Layer:
         if candidates.num_rankings == 1:
             attention = candidates.by_position(reduce(probabilities, 0, keepdim=True))
         else:
-            by_kv_head = reduce(probabilities.unflatten(0, (self.cache.num_kv_heads, -1)), 1)
+            by_kv_head = reduce(
+                probabilities.unflatten(0, (self.cache.num_kv_heads, -1)), 1
+            )
             attention = reduce(candidates.by_position(by_kv_head), 0, keepdim=True)
         if task.compacts or config.refresh_all_ranks:
             return self.ranks.reduce(attention, config.head_reduction)

@@ -23,6 +23,8 @@ class RequestState:
     num_tokens: int = 0
     """Length after the last step."""
     num_refreshes: int = 0
+    memo: dict[str, Any] = field(default_factory=dict)
+    """Shared by the layers, for the policy."""
 
     @property
     def policy(self) -> Policy:
@@ -64,6 +66,13 @@ class RequestState:
         ages[: plan.vision_ranges[0][0]] = False
         return ages
 
+    def finish(self) -> None:
+        """Keep what a report needs, and no more."""
+        for rows in self.layers.values():
+            rows.sums = None
+            rows.positions = rows.positions.to(torch.int32)
+        self.__dict__.pop("_ages", None)
+
     def record(self, num_tokens: int, scores: bool) -> None:
         """Note what a step does."""
         self.num_tokens = num_tokens
@@ -90,22 +99,20 @@ class Task:
     blocks: torch.Tensor
     """[cdiv(num_tokens, block_size)] block ids of the request, int64. Those in front
     of the stored ones belong to others."""
-    memo: dict[str, Any] = field(default_factory=dict)
-    """Shared by the layers, for the policy."""
 
-    @property
+    @cached_property
     def compacts(self) -> bool:
         """Whether the prompt ends in this step."""
         return self.num_computed < self.state.plan.num_prompt_tokens
 
-    @property
+    @cached_property
     def reads_all(self) -> bool:
         """Whether the step reads what is stored, not core and text alone."""
         num_new = self.num_tokens - self.num_computed
         plan = self.state.plan
         return not plan.has_core or plan.refreshes(self.num_computed, num_new)
 
-    @property
+    @cached_property
     def first_read_token(self) -> int:
         """First slot that attention reads, a multiple of the block size."""
         plan = self.state.plan
@@ -113,7 +120,7 @@ class Task:
             return plan.num_freed_blocks(self.num_computed) * plan.block_size
         return plan.first_core_block(self.num_computed) * plan.block_size
 
-    @property
+    @cached_property
     def scores(self) -> bool:
         """Whether a step of the answer scores what it reads."""
         num_new = self.num_tokens - self.num_computed
@@ -124,12 +131,12 @@ class Task:
             and state.plan.refreshes(self.num_computed, num_new)
         )
 
-    @property
+    @cached_property
     def scores_while_attending(self) -> bool:
         """Whether attention and scores come from one pass: a lone decode row."""
         return self.scores and self.query_end - self.query_start == 1
 
-    @property
+    @cached_property
     def num_aged(self) -> int:
         """Text rows that leave the window in this step, for each KV head."""
         plan = self.state.plan
@@ -139,7 +146,7 @@ class Task:
         after = plan.num_evicted_text_blocks(self.num_tokens)
         return (after - before) * plan.block_size
 
-    @property
+    @cached_property
     def has_work(self) -> bool:
         """Whether the layers have anything to do for it."""
         return self.compacts or self.scores or self.num_aged > 0

@@ -76,8 +76,13 @@ class Candidates:
 
 
 def _worst(scores: torch.Tensor, held: torch.Tensor, count: int) -> torch.Tensor:
-    """Mark the `count` lowest of the held in each row; of equals, the last ones."""
-    scores = scores.masked_fill(~held, torch.inf)
+    """Mark the `count` lowest of the held in each row; of equals, the last ones.
+
+    Scores that are no numbers are the lowest: a request whose attention overflows
+    must not take another's rows, nor its own evicted ones.
+    """
+    lowest = torch.finfo(scores.dtype).min
+    scores = scores.nan_to_num(nan=lowest).masked_fill(~held, torch.inf)
     # From the last position on, so that a stable sort puts later equals first.
     order = torch.sort(scores.flip(1), dim=1, stable=True).indices[:, :count]
     last = scores.shape[1] - 1

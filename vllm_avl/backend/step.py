@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from vllm_avl.backend.request import RequestState
+from vllm_avl.backend.view import StepView
 from vllm_avl.plan import Plan
 
 
@@ -39,7 +40,8 @@ class WorkerRequests:
         """Drop finished and preempted requests, then take what came with the step."""
         for request_id in finished:
             state = self.running.pop(request_id, None)
-            if state is not None:
+            if state is not None and self.num_remembered:
+                state.finish()
                 self.finished.append((request_id, state))
         for request_id in preempted:
             self.running.pop(request_id, None)
@@ -50,12 +52,14 @@ class WorkerRequests:
         return self.running.get(request_id) or dict(self.finished).get(request_id)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
     """One forward pass: requests, and a look at the batch's ids in row order."""
 
     requests: Mapping[str, RequestState]
     request_ids: Callable[[], Sequence[str]]
+    view: StepView | None = None
+    """Made by the first metadata builder that asks, for all of them."""
 
     def row_states(self) -> list[tuple[int, RequestState]]:
         """Batch rows that are adaptive."""

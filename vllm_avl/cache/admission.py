@@ -28,7 +28,16 @@ def plan_request(request: Request, config: AVLConfig, block_size: int) -> Plan |
     config = overrides.apply(config)
     if not POLICIES[config.policy].adapts:
         return None
-    return make_plan(request.num_prompt_tokens, ranges, block_size, config)
+    # Of any modality: the last chunk waits for one encoder output only.
+    last_encoded = max(f.mm_position.offset for f in request.mm_features)
+    return make_plan(
+        request.num_prompt_tokens,
+        ranges,
+        block_size,
+        config,
+        min(last_encoded, request.num_prompt_tokens - 1),
+        request.num_prompt_tokens + request.max_tokens,
+    )
 
 
 def vision_ranges(request: Request) -> list[tuple[int, int]]:
