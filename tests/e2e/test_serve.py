@@ -12,6 +12,7 @@ from vllm_avl.testing.server import data_url, free_port, png, user_message
 
 RATIO = "must be a number in (0, 1]"
 SWITCH = "must be 0 or 1"
+COUNT = "must be an integer from 0"
 
 BAD_XARGS = [
     ({"avl_store_ratio": 0}, "avl_store_ratio = 0", RATIO),
@@ -24,7 +25,13 @@ BAD_XARGS = [
     ({"avl_store_ratio": [0.5]}, "avl_store_ratio = [0.5]", RATIO),
     ({"avl": 2}, "avl = 2", SWITCH),
     ({"avl": "yes"}, "avl = 'yes'", SWITCH),
-    ({"avl_unknown": 1}, "avl_unknown", "known are avl, avl_store_ratio"),
+    ({"avl_policy": "best"}, "avl_policy = 'best'", "must be one of avl, fastv, full"),
+    ({"avl_core_ratio": 0.9}, "avl_core_ratio = 0.9", "at most the store ratio"),
+    ({"avl_refresh_interval": -1}, "avl_refresh_interval = -1", COUNT),
+    ({"avl_refresh_interval": 1.5}, "avl_refresh_interval = 1.5", COUNT),
+    ({"avl_refresh_interval": 10**12}, "avl_refresh_interval = 1000000", COUNT),
+    ({"avl_text_keep_ratio": 1.01}, "avl_text_keep_ratio = 1.01", RATIO),
+    ({"avl_unknown": 1}, "avl_unknown", "known are avl, avl_policy"),
 ]
 
 
