@@ -5,7 +5,7 @@ import pickle
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vllm_avl.config import AVLConfig
@@ -103,6 +103,8 @@ def test_text_leaves_as_if_decided_step_by_step(
 
 
 @given(max_num_tokens=st.integers(601, 800), min_tokens=st.integers(0, 40))
+@example(max_num_tokens=645, min_tokens=20)
+@example(max_num_tokens=644, min_tokens=20)
 def test_there_is_a_window_where_the_answer_can_outgrow_it(max_num_tokens, min_tokens):
     settings = {"text_keep_ratio": 0.5, "text_min_tokens": min_tokens}
     unlimited = plan_of(**settings)

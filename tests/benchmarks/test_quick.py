@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+SCRIPTS = ["concurrency.py", "overhead.py", "memory.py", "decode.py"]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -15,6 +16,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
         ("concurrency.py", "peak_running"),
         ("overhead.py", "ratio"),
         ("memory.py", "transient_fits"),
+        ("decode.py", "refresh_ratio"),
     ],
 )
 def test_quick(script, column, tmp_path):
@@ -29,7 +31,7 @@ def test_quick(script, column, tmp_path):
     assert f"| {column} " in result.stdout or f" {column} |" in result.stdout
 
 
-@pytest.mark.parametrize("script", ["concurrency.py", "overhead.py", "memory.py"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script):
     command = [sys.executable, str(BENCHMARKS / script), "--help"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=100)

@@ -1,7 +1,7 @@
 """A preempted request replays: one prefill over what is stored, then a refresh."""
 
 import pytest
-from engine.test_oracle import ask, compare, watch
+from following import ask, compare, watch
 from oracle import Oracle
 
 NUM_REPLAYED = 20

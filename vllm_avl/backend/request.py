@@ -68,6 +68,7 @@ class RequestState:
 
     def finish(self) -> None:
         """Keep what a report needs, and no more."""
+        self.memo.clear()
         for rows in self.layers.values():
             rows.sums = None
             rows.positions = rows.positions.to(torch.int32)

@@ -113,9 +113,9 @@ def label_aged_text(
     assert rows.sums is not None
     positions = torch.where(is_text, rows.positions, -1)
     newest_first = torch.sort(positions, dim=1, descending=True, stable=True).indices
-    sums = rows.sums.double()
+    sums = rows.sums
     # Behind every sum, in doubles that tell neighbouring positions apart.
-    priority = torch.where(sums.isnan(), 1e12 + rows.positions.double(), sums)
+    priority = torch.where(sums.isnan(), 1e12 + rows.positions.double(), sums.double())
     priority = priority.masked_fill(~is_text, torch.inf)
     num_recent = window.num_recent(num_text)
     priority.scatter_(1, newest_first[:, :num_recent], torch.inf)
