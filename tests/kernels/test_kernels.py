@@ -1,6 +1,7 @@
 """Every kernel against its reference: same signature, error budget, poisoned memory."""
 
 import inspect
+import sys
 
 import pytest
 import torch
@@ -157,7 +158,12 @@ def test_a_row_does_not_see_its_future():
     ],
     ids=["scattered", "overlap-up", "overlap-down", "nothing"],
 )
-def test_compact_blocks_equals_reference(source, target, by_column):
+@pytest.mark.parametrize("rows_at_a_time", [2, 256])
+def test_compact_blocks_equals_reference(
+    source, target, by_column, rows_at_a_time, monkeypatch
+):
+    module = sys.modules["vllm_avl.kernels.compact_blocks"]
+    monkeypatch.setattr(module, "ROWS_AT_A_TIME", rows_at_a_time)
     torch.manual_seed(0)
     keys, blocks = paged(96, 2, 64, 32, torch.bfloat16, by_column)
     values = torch.randn(keys.shape).to(torch.bfloat16)
