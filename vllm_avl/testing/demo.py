@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,6 +41,9 @@ GIBBERISH = (
 # The prompt's blocks come free in the step after its last chunk: skip the first words.
 FIRST_SAMPLE = 8
 SHORTEST_ANSWER = 100
+EVERY_CHUNK = {"include_usage": True, "continuous_usage_stats": True}
+ENOUGH = 3
+"""Samples of a run: some lie too near to a block's border to compare."""
 DEMO_MODEL_OPTIONS = (
     *("--dtype", "float32", "--enforce-eager"),
     *("--kv-cache-memory-bytes", str(64 << 20)),
@@ -69,29 +73,42 @@ def ask(server: Server, question: Question, *, avl: bool) -> Measurement:
     urls = [picture_url(picture) for picture in question.pictures]
     messages: list[Any] = [user_message(question.text, urls)]
     xargs = {} if avl else {"vllm_xargs": {"avl": 0}}
+    before = settled_tokens(server)
     stream = server.client().chat.completions.create(
         model=server.model,
         messages=messages,
-        max_tokens=question.max_tokens,
+        # A busy machine samples seldom: the answer goes on, unseen, until it could.
+        max_tokens=4 * question.max_tokens,
         temperature=0,
         stream=True,
-        stream_options={"include_usage": True},
-        extra_body={"ignore_eos": True, **xargs},
+        extra_body={"ignore_eos": True, "stream_options": EVERY_CHUNK, **xargs},
     )
     measured = Measurement()
-    before = server.metrics().num_generated_tokens
     for number, chunk in enumerate(stream):
-        for choice in chunk.choices:
-            print(choice.delta.content or "", end="", flush=True)
+        if number < question.max_tokens:
+            for choice in chunk.choices:
+                print(choice.delta.content or "", end="", flush=True)
         if chunk.usage is not None:
             measured.num_prompt_tokens = chunk.usage.prompt_tokens
-        elif number >= FIRST_SAMPLE:
+        if number >= FIRST_SAMPLE:
             metrics = server.metrics()
             if metrics.held_blocks > 0:
                 length = metrics.num_generated_tokens - before
                 measured.held_blocks[length] = metrics.held_blocks
+        if number >= question.max_tokens and len(measured.held_blocks) >= ENOUGH:
+            break
+    stream.close()
     print("\n")
     return measured
+
+
+def settled_tokens(server: Server) -> int:
+    """Return the tokens generated so far, once an aborted answer adds no more."""
+    tokens = -1
+    while tokens != (now := server.metrics().num_generated_tokens):
+        tokens = now
+        time.sleep(0.5)
+    return tokens
 
 
 def compare(
@@ -112,14 +129,15 @@ def compare(
         return block if 2 <= filled < block_size - 2 else None
 
     pairs = [
-        (abs(ours - theirs), ours, theirs)
+        (abs(ours - theirs), -theirs, ours)
         for ours in avl.held_blocks
         for theirs in stock.held_blocks
         if nth_block(ours) is not None and nth_block(theirs) is not None
     ]
     if not pairs:
         raise ServerError("too few measurements to compare: raise --max-tokens")
-    _, ours, theirs = min(pairs)
+    _, negative, ours = min(pairs)
+    theirs = -negative
     grown = (nth_block(theirs) or 0) - (nth_block(ours) or 0)
     return theirs, avl.held_blocks[ours] + grown, stock.held_blocks[theirs]
 
