@@ -1,8 +1,9 @@
 """Core selection's two costly operations in machine code, for caches on a CPU.
 
 vLLM's CPU kernel cannot give probabilities, and PyTorch moves single columns of a
-key block slowly. These are compiled by Numba, which vLLM itself requires; they hold no
-lock, and each of the caller's threads takes a share of the KV heads.
+key block slowly. These are compiled by Numba, which vLLM itself requires, and run on
+PyTorch's own OpenMP threads: threads beside those would compete with them, because they
+spin while they wait. Each thread takes a share of the KV heads.
 
 A cache is `[num_blocks, num_kv_heads, 2, block_size · head_size]`: a block's keys by
 column, then its values by row, as vLLM's kernel lays them out.
@@ -10,17 +11,17 @@ column, then its values by row, as vLLM's kernel lays them out.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
-from itertools import pairwise
+import ctypes
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from llvmlite.binding import ffi
-from numba import njit
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
 
 # Sums may be taken in any order; NaN and infinity keep their meaning.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
@@ -56,7 +57,7 @@ def _compile_attend(load: Any) -> Any:  # noqa: C901 (three functions in one)
             for d in range(size):
                 output[d] += weight * load(row[d])
 
-    @njit(nogil=True, fastmath=FAST)
+    @njit(fastmath=FAST)
     def attend(
         query: Any,  # [num_kv_heads, group, head_size], scaled
         cache: Any,
@@ -89,7 +90,7 @@ def _compile_attend(load: Any) -> Any:  # noqa: C901 (three functions in one)
     return attend
 
 
-@njit(nogil=True, fastmath=FAST)
+@njit(fastmath=FAST)
 def _softmax(row: Any, soft_cap: float) -> None:
     if soft_cap > 0:
         for token in range(len(row)):
@@ -105,30 +106,23 @@ def _softmax(row: Any, soft_cap: float) -> None:
         row[token] /= total
 
 
-ATTEND = {
-    torch.float32: _compile_attend(_fp32),
-    torch.bfloat16: _compile_attend(_bf16),
-}
-DTYPES = tuple(ATTEND)
-"""Element types of caches that this module serves."""
-
-
-@njit(nogil=True)
-def _swap(
+@njit
+def _exchange(
     cache: Any,
     blocks: Any,  # [num_request_blocks]
-    first: Any,  # [num_swaps] positions in the request
-    second: Any,
+    source: Any,  # [num_pairs] positions in the request
+    target: Any,
     head_size: int,
     first_head: int,
     end_head: int,
 ) -> None:
     block_size = cache.shape[3] // head_size
-    for head in range(first_head, end_head):
-        for index in range(len(first)):
-            one = cache[blocks[first[index] // block_size], head]
-            other = cache[blocks[second[index] // block_size], head]
-            i, j = first[index] % block_size, second[index] % block_size
+    # What attention has read last is still in the processor's cache.
+    for head in range(end_head - 1, first_head - 1, -1):
+        for index in range(len(source)):
+            one = cache[blocks[source[index] // block_size], head]
+            other = cache[blocks[target[index] // block_size], head]
+            i, j = source[index] % block_size, target[index] % block_size
             for d in range(head_size):
                 kept = one[0, d * block_size + i]
                 one[0, d * block_size + i] = other[0, d * block_size + j]
@@ -137,6 +131,119 @@ def _swap(
                 kept = one[1, i * head_size + d]
                 one[1, i * head_size + d] = other[1, j * head_size + d]
                 other[1, j * head_size + d] = kept
+
+
+_openmp = ctypes.CDLL(None)
+_run = _openmp.GOMP_parallel
+_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+_run.restype = None
+_thread_index, _num_threads = _openmp.omp_get_thread_num, _openmp.omp_get_num_threads
+for _function in (_thread_index, _num_threads):
+    _function.argtypes, _function.restype = [], ctypes.c_int
+
+CALL = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            *("num_cached_blocks", "num_kv_heads", "group", "head_size", "block_size"),
+            *("num_tokens", "num_blocks", "num_pairs"),
+            *("cache", "blocks", "query", "output", "weights", "source", "target"),
+        )
+    ]
+    + [("soft_cap", np.float32)],
+    align=True,
+)
+"""Arguments of a call as OpenMP hands them to its threads: sizes, and addresses."""
+THREAD = types.void(types.CPointer(numba.from_dtype(CALL)))
+
+
+@intrinsic
+def _pointer(_context: Any, _address: Any, dtype: Any) -> Any:
+    pointer = types.CPointer(dtype.dtype)
+
+    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        return builder.inttoptr(values[0], context.get_value_type(pointer))
+
+    return pointer(types.int64, dtype), generate
+
+
+@njit
+def _array(address: Any, dtype: Any, shape: Any) -> Any:
+    return carray(_pointer(address, dtype), shape)
+
+
+@njit
+def _cache(call: Any, dtype: Any) -> Any:
+    row = call.block_size * call.head_size
+    return _array(
+        call.cache, dtype, (call.num_cached_blocks, call.num_kv_heads, 2, row)
+    )
+
+
+@njit
+def _blocks(call: Any) -> Any:
+    return _array(call.blocks, types.int64, (call.num_blocks,))
+
+
+@njit
+def _heads(call: Any) -> tuple[int, int]:
+    """First head of this thread, and first head of the next."""
+    index, threads = _thread_index(), _num_threads()
+    heads = call.num_kv_heads
+    return heads * index // threads, heads * (index + 1) // threads
+
+
+def _compile(dtype: Any, load: Any) -> tuple[Any, Any]:
+    """Make what a thread does for caches of `dtype`: attend, exchange."""
+    attend = _compile_attend(load)
+
+    @cfunc(THREAD)
+    def attend_in_thread(data: Any) -> None:
+        call = carray(data, 1)[0]
+        rows = call.num_kv_heads, call.group
+        first_head, end_head = _heads(call)
+        attend(
+            _array(call.query, types.float32, (*rows, call.head_size)),
+            _cache(call, dtype),
+            _blocks(call),
+            call.num_tokens,
+            call.soft_cap,
+            _array(call.output, types.float32, (*rows, call.head_size)),
+            _array(
+                call.weights, types.float32, (*rows, call.num_blocks * call.block_size)
+            ),
+            first_head,
+            end_head,
+        )
+
+    @cfunc(THREAD)
+    def exchange_in_thread(data: Any) -> None:
+        call = carray(data, 1)[0]
+        first_head, end_head = _heads(call)
+        _exchange(
+            _cache(call, dtype),
+            _blocks(call),
+            _array(call.source, types.int64, (call.num_pairs,)),
+            _array(call.target, types.int64, (call.num_pairs,)),
+            call.head_size,
+            first_head,
+            end_head,
+        )
+
+    return attend_in_thread, exchange_in_thread
+
+
+_LOADS = {
+    torch.float32: (types.float32, _fp32),
+    torch.bfloat16: (types.uint16, _bf16),
+}
+DTYPES = tuple(_LOADS)
+"""Element types of caches that this module serves."""
+
+
+@cache
+def _compiled(dtype: torch.dtype) -> tuple[Any, Any]:
+    return _compile(*_LOADS[dtype])
 
 
 def scored_attention(
@@ -149,91 +256,72 @@ def scored_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `kernels.scored_attention`, on a cache as this module describes."""
     num_kv_heads, head_size = kv_cache.shape[1], query.shape[-1]
-    block_size = kv_cache.shape[3] // head_size
     queries = (query.float() * scale).view(num_kv_heads, -1, head_size)
     output = torch.empty_like(queries)
-    weights = queries.new_empty(*queries.shape[:2], len(blocks) * block_size)
-    attend = ATTEND[kv_cache.dtype]
-    arrays = (queries.numpy(), _array(kv_cache), blocks.numpy())
-    rest = (np.float32(soft_cap), output.numpy(), weights.numpy())
-    _share(num_kv_heads, lambda *heads: attend(*arrays, num_tokens, *rest, *heads))
+    num_slots = len(blocks) * (kv_cache.shape[3] // head_size)
+    weights = queries.new_empty(*queries.shape[:2], num_slots)
+    attend, _ = _compiled(kv_cache.dtype)
+    _call(
+        attend,
+        kv_cache,
+        head_size,
+        {"blocks": blocks, "query": queries, "output": output, "weights": weights},
+        num_blocks=len(blocks),
+        group=queries.shape[1],
+        num_tokens=num_tokens,
+        soft_cap=soft_cap,
+    )
     return output.flatten(0, 1), weights.flatten(0, 1)[:, :num_tokens]
 
 
-def swap_rows(
+def exchange_rows(
     kv_cache: torch.Tensor,
     blocks: torch.Tensor,
-    first: torch.Tensor,
-    second: torch.Tensor,
+    source: torch.Tensor,
+    target: torch.Tensor,
     head_size: int,
 ) -> None:
-    """Exchange the rows at positions `first` with those at `second`, for every head.
+    """As `kernels.exchange_rows` for every head, on a cache as this module describes.
 
-    Args:
-        kv_cache: as this module describes.
-        blocks: [num_request_blocks] block ids of the request, int64.
-        first: [num_swaps] positions in the request, int64.
-        second: [num_swaps] other positions; all are distinct.
-        head_size: elements a row holds.
+    `head_size` is the number of elements of a row.
     """
-    arrays = (_array(kv_cache), blocks.numpy(), first.numpy(), second.numpy())
-    _share(kv_cache.shape[1], lambda *heads: _swap(*arrays, head_size, *heads))
+    _, exchange = _compiled(kv_cache.dtype)
+    _call(
+        exchange,
+        kv_cache,
+        head_size,
+        {"blocks": blocks, "source": source, "target": target},
+        num_blocks=len(blocks),
+        num_pairs=len(source),
+    )
 
 
-def start(dtype: torch.dtype, cores: Collection[int]) -> None:
-    """Compile for caches of `dtype`, so that the first refresh need not wait.
-
-    Args:
-        dtype: of the cache; one that is not in DTYPES needs nothing.
-        cores: where the threads may run.
-    """
-    if dtype not in DTYPES:
-        return
-    _threads.cores = frozenset(cores)
-    cache = torch.zeros(2, 2, 2, 64, dtype=dtype)
-    blocks = torch.zeros(1, dtype=torch.int64)
-    scored_attention(torch.zeros(2, 2), cache, blocks, 1, 1.0)
-    swap_rows(cache, blocks, blocks, blocks, 2)
+def start(dtype: torch.dtype) -> None:
+    """Compile for caches of `dtype`, so that the first refresh need not wait."""
+    if dtype in DTYPES:
+        _compiled(dtype)
 
 
-class _Threads:
-    """As many threads as PyTorch has, on the cores it was told of.
-
-    vLLM binds the thread that calls us to one core, and its heirs with it.
-    """
-
-    def __init__(self) -> None:
-        self.cores = frozenset(os.sched_getaffinity(0))
-
-    @cached_property
-    def pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(
-            torch.get_num_threads(),
-            thread_name_prefix="avl",
-            initializer=lambda: os.sched_setaffinity(0, self.cores),
-        )
-
-
-_threads = _Threads()
-
-
-def _share(num_heads: int, work: Callable[[int, int], None]) -> None:
-    """Call `work(first_head, end_head)` on every thread; return when all are done."""
-    num_threads = min(torch.get_num_threads(), num_heads)
-    if num_threads == 1:
-        work(0, num_heads)
-        return
-    borders = [num_heads * i // num_threads for i in range(num_threads + 1)]
-    futures = [_threads.pool.submit(work, *share) for share in pairwise(borders)]
-    for future in futures:
-        future.result()
-
-
-def _array(cache: torch.Tensor) -> Any:
-    """NumPy has no bf16: its bits."""
-    if cache.dtype == torch.bfloat16:
-        return cache.view(torch.uint16).numpy()
-    return cache.numpy()
+def _call(
+    function: Any,
+    kv_cache: torch.Tensor,
+    head_size: int,
+    tensors: dict[str, torch.Tensor],
+    **sizes: float,
+) -> None:
+    """Run `function` on every OpenMP thread; return when all are done."""
+    tensors = {"cache": kv_cache} | {
+        name: tensor.contiguous() for name, tensor in tensors.items()
+    }
+    assert kv_cache.is_contiguous()
+    call = np.zeros((), CALL)
+    call["num_cached_blocks"], call["num_kv_heads"] = kv_cache.shape[:2]
+    call["head_size"], call["block_size"] = head_size, kv_cache.shape[3] // head_size
+    for name, tensor in tensors.items():
+        call[name] = tensor.data_ptr()
+    for name, size in sizes.items():
+        call[name] = size
+    _run(function.address, call.ctypes.data, torch.get_num_threads(), 0)
 
 
 def _answer_no_special_names(original: Callable[[Any, str], Any]) -> Any:

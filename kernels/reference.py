@@ -67,6 +67,20 @@ def compact_blocks(
             cache[blocks[new // block_size], head, new % block_size] = row
 
 
+def exchange_rows(
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    blocks: torch.Tensor,
+    source: torch.Tensor,
+    target: torch.Tensor,
+    heads: torch.Tensor | None = None,
+) -> None:
+    """As `kernels.exchange_rows`."""
+    both = torch.cat([source, target]), torch.cat([target, source])
+    twice = None if heads is None else heads.repeat(2)
+    compact_blocks(key_cache, value_cache, blocks, *both, twice)
+
+
 def _attend(
     query: torch.Tensor, keys: torch.Tensor, scale: float, soft_cap: float
 ) -> torch.Tensor:

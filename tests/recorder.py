@@ -8,9 +8,10 @@ _original = layer.rearrange
 
 def _rearrange(rows, labels, start, core_start):
     of_prompt = rows.start == 0
-    source, target, heads = _original(rows, labels, start, core_start)
-    SEEN.append((of_prompt, source.tolist(), target.tolist()))
-    return source, target, heads
+    found = _original(rows, labels, start, core_start)
+    pairs = [(moves.source.tolist(), moves.target.tolist()) for moves in found]
+    SEEN.append((of_prompt, pairs))
+    return found
 
 
 layer.rearrange = _rearrange

@@ -65,10 +65,25 @@ def rearranged(case):
     )
     keys, blocks = cache_of(rows, num_heads)
     values = keys.clone()
-    moves = rearrange(rows, labels, start, core_start)
-    reference.compact_blocks(keys, values, blocks, *moves)
+    found = rearrange(rows, labels, start, core_start)
+    for moves in found:
+        move = reference.exchange_rows if moves.exchange else reference.compact_blocks
+        move(keys, values, blocks, moves.source, moves.target, moves.heads)
     assert torch.equal(keys, values)
-    return before, rows, read(keys, blocks), moves
+    return before, rows, read(keys, blocks), found
+
+
+def pairs_of(moves):
+    """`(ranking, source, target)` of each pair."""
+    rankings = torch.zeros_like(moves.source) if moves.heads is None else moves.heads
+    return list(
+        zip(
+            rankings.tolist(),
+            moves.source.tolist(),
+            moves.target.tolist(),
+            strict=True,
+        )
+    )
 
 
 @settings(deadline=None)
@@ -125,7 +140,7 @@ def test_sums_move_with_their_rows(case):
 @settings(deadline=None)
 @given(case=arrangements())
 def test_rows_in_their_region_stay(case):
-    before, after, _, (_, _, heads) = rearranged(case)
+    before, after, _, found = rearranged(case)
     _, labels, start, core_start, _ = case
     slots = torch.arange(start, before.end)
     kept = labels[:, start - before.start :]
@@ -133,24 +148,35 @@ def test_rows_in_their_region_stay(case):
     assert torch.equal(
         after.positions[fits], before.positions[:, start - before.start :][fits]
     )
-    assert (heads is None) == (len(labels) == 1)
+    assert all((moves.heads is None) == (len(labels) == 1) for moves in found)
 
 
 @settings(deadline=None)
 @given(case=arrangements())
 def test_only_rows_out_of_place_move(case):
-    before, _, _, (source, target, heads) = rearranged(case)
+    before, _, _, found = rearranged(case)
     _, labels, start, core_start, _ = case
-    rankings = torch.zeros_like(source) if heads is None else heads
-    for ranking, old, new in zip(
-        rankings.tolist(), source.tolist(), target.tolist(), strict=True
-    ):
-        label = labels[ranking, old - before.start]
-        assert label == (CORE if new >= core_start else SECONDARY)
-        assert start <= new < before.end
-        assert (new >= core_start) != (old >= core_start) or old < start
-    moves = list(zip(rankings.tolist(), target.tolist(), strict=True))
-    assert len(moves) == len(set(moves))
+    labels = labels.clone()
+    for moves in found:
+        for ranking, old, new in pairs_of(moves):
+            here = ranking, old - before.start
+            there = ranking, new - before.start
+            assert labels[here] == (CORE if new >= core_start else SECONDARY)
+            assert labels[there] == (SECONDARY if moves.exchange else EVICTED)
+            assert start <= new < before.end
+            assert (new >= core_start) != (old >= core_start) or old < start
+            assert not moves.exchange or old >= start, "the head may be shared"
+            labels[here], labels[there] = labels[there].clone(), labels[here].clone()
+
+
+@settings(deadline=None)
+@given(case=arrangements())
+def test_pairs_have_no_slot_in_common(case):
+    _, _, _, found = rearranged(case)
+    for moves in found:
+        pairs = pairs_of(moves)
+        slots = {(ranking, slot) for ranking, *pair in pairs for slot in pair}
+        assert len(slots) == 2 * len(pairs) > 0
 
 
 @settings(deadline=None)
@@ -173,8 +199,10 @@ def test_a_block_of_evicted_text_costs_at_most_two_blocks_of_moves(
     rows = LayerRows(start, torch.arange(num_slots).repeat(num_heads, 1))
     start += BLOCK_SIZE
     case = rows, labels, start, start + num_secondary, num_heads
-    _, after, held, (source, _, _) = rearranged(case)
-    assert len(source) <= 2 * BLOCK_SIZE * num_heads
+    _, after, held, found = rearranged(case)
+    assert not any(moves.exchange for moves in found)
+    num_moved = sum(len(moves.source) for moves in found)
+    assert num_moved <= 2 * BLOCK_SIZE * num_heads
     assert after.start == start
     secondary = held[:, start : start + num_secondary].sort(1).values
     assert torch.equal(secondary, torch.arange(num_secondary).expand(num_heads, -1))
@@ -185,20 +213,15 @@ def test_a_block_of_evicted_text_costs_at_most_two_blocks_of_moves(
 def test_rows_of_a_refresh_change_places(case):
     rows, labels, _, core_start, num_heads = case
     labels = labels.where(labels != EVICTED, SECONDARY)
-    _, _, _, (source, target, heads) = rearranged(
-        (rows, labels, rows.start, core_start, num_heads)
-    )
-    there = zip(source.tolist(), target.tolist(), strict=True)
-    back = zip(target.tolist(), source.tolist(), strict=True)
-    if heads is None:
-        assert Counter(there) == Counter(back)
+    _, _, _, found = rearranged((rows, labels, rows.start, core_start, num_heads))
+    assert len(found) <= 1
+    assert all(moves.exchange for moves in found)
 
 
 def test_rows_do_not_move_where_all_is_in_order():
     rows = LayerRows(8, torch.tensor([[7, 3, 5, 1]]))
     labels = torch.tensor([[SECONDARY, SECONDARY, CORE, CORE]])
-    source, target, _ = rearrange(rows, labels, 8, 10)
-    assert len(source) == len(target) == 0
+    assert rearrange(rows, labels, 8, 10) == []
     assert rows.positions.tolist() == [[7, 3, 5, 1]]
 
 

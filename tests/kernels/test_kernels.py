@@ -34,21 +34,21 @@ def test_reference_has_the_same_signature(name):
     assert ours == inspect.signature(getattr(reference, name))
 
 
-SHAPES = [
-    pytest.param(1, 1, 4, 2, 64, 32, id="one-token"),
-    pytest.param(64, 1, 4, 4, 64, 32, id="exact-blocks-mha"),
-    pytest.param(65, 1, 6, 2, 64, 32, id="block-plus-1-group-3"),
-    pytest.param(333, 7, 4, 1, 80, 32, id="window-7-head-80"),
-    pytest.param(200, 32, 8, 2, 32, 128, id="window-32-block-128"),
-]
+SHAPES = pytest.mark.parametrize(
+    ("num_tokens", "num_rows", "num_heads", "num_kv_heads", "head_size", "block_size"),
+    [
+        pytest.param(1, 1, 4, 2, 64, 32, id="one-token"),
+        pytest.param(64, 1, 4, 4, 64, 32, id="exact-blocks-mha"),
+        pytest.param(65, 1, 6, 2, 64, 32, id="block-plus-1-group-3"),
+        pytest.param(333, 7, 4, 1, 80, 32, id="window-7-head-80"),
+        pytest.param(200, 32, 8, 2, 32, 128, id="window-32-block-128"),
+    ],
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("soft_cap", [0.0, 5.0])
-@pytest.mark.parametrize(
-    ("num_tokens", "num_rows", "num_heads", "num_kv_heads", "head_size", "block_size"),
-    SHAPES,
-)
+@SHAPES
 def test_attention_scores_error_is_at_most_twice_eager(
     num_tokens,
     num_rows,
@@ -75,10 +75,7 @@ def test_attention_scores_error_is_at_most_twice_eager(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("soft_cap", [0.0, 5.0])
-@pytest.mark.parametrize(
-    ("num_tokens", "num_rows", "num_heads", "num_kv_heads", "head_size", "block_size"),
-    SHAPES,
-)
+@SHAPES
 def test_scored_attention_error_is_at_most_twice_eager(
     num_tokens,
     num_rows,
@@ -116,16 +113,15 @@ def halves(keys, values):
 
 @pytest.mark.parametrize("dtype", host.DTYPES)
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_swap_rows_moves_both_ways(dtype, num_threads, monkeypatch):
+def test_compiled_rows_change_places(dtype, num_threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
     torch.manual_seed(0)
     keys, blocks = paged(96, 3, 64, 32, dtype)
     values = torch.randn(keys.shape).to(dtype)
     first, second = torch.tensor([0, 5, 40]), torch.tensor([70, 64, 33])
     cache = halves(keys, values)
-    both = torch.cat([first, second]), torch.cat([second, first])
-    reference.compact_blocks(keys, values, blocks, *both)
-    host.swap_rows(cache, blocks, first, second, 64)
+    reference.exchange_rows(keys, values, blocks, first, second)
+    host.exchange_rows(cache, blocks, first, second, 64)
     bits = torch.int16 if dtype == torch.bfloat16 else torch.int32
     assert torch.equal(cache.view(bits), halves(keys, values).view(bits))
 
@@ -176,14 +172,22 @@ def test_compact_blocks_equals_reference(
 
 
 @pytest.mark.parametrize("by_column", [False, True])
-def test_heads_move_on_their_own(by_column):
+@pytest.mark.parametrize("heads", [None, [0, 2, 2, 1]], ids=["alike", "on-their-own"])
+@pytest.mark.parametrize("name", ["compact_blocks", "exchange_rows"])
+@pytest.mark.parametrize("rows_at_a_time", [1, 256])
+def test_moves_equal_reference(name, heads, by_column, rows_at_a_time, monkeypatch):
+    module = sys.modules[f"vllm_avl.kernels.{name}"]
+    monkeypatch.setattr(module, "ROWS_AT_A_TIME", rows_at_a_time)
     torch.manual_seed(0)
     keys, blocks = paged(96, 3, 64, 32, torch.float32, by_column)
     values = torch.randn(keys.shape)
-    source, target = torch.tensor([0, 5, 40, 33]), torch.tensor([70, 64, 0, 5])
-    moves = (source, target, torch.tensor([0, 2, 2, 1]))
+    moves = (
+        torch.tensor([0, 5, 40, 33]),
+        torch.tensor([70, 64, 1, 6]),
+        None if heads is None else torch.tensor(heads),
+    )
     expected = keys.clone(), values.clone()
-    reference.compact_blocks(*expected, blocks, *moves)
-    kernels.compact_blocks(keys, values, blocks, *moves)
+    getattr(reference, name)(*expected, blocks, *moves)
+    getattr(kernels, name)(keys, values, blocks, *moves)
     for ours, theirs in zip((keys, values), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)

@@ -66,10 +66,8 @@ class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> CPUAttentionMetadata:
         """Build the metadata; a step without adaptive requests is stock's."""
         step = current_step()
-        row_states = step.row_states() if step is not None else []
-        if not row_states:
+        if step is None or not (row_states := step.row_states()):
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
-        assert step is not None
         if step.view is None:
             step.view = make_view(
                 row_states,

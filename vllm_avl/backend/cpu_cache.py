@@ -7,9 +7,11 @@ from functools import cached_property
 
 import torch
 
+from vllm_avl.backend.rows import Moves
 from vllm_avl.kernels import (
     attention_scores,
     compact_blocks,
+    exchange_rows,
     host,
     scored_attention,
 )
@@ -75,18 +77,12 @@ class CPUCache:
             return host.scored_attention(query, self.halves, *rest)
         return scored_attention(query, self.keys, self.values, *rest)
 
-    def move(
-        self,
-        blocks: torch.Tensor,
-        source: torch.Tensor,
-        target: torch.Tensor,
-        heads: torch.Tensor | None,
-    ) -> None:
-        """As `kernels.compact_blocks`."""
-        half = len(source) // 2
-        first, second = source[:half], target[:half]
-        swaps = torch.equal(source[half:], second) and torch.equal(target[half:], first)
-        if swaps and heads is None and self.kv_cache.dtype in host.DTYPES:
-            host.swap_rows(self.halves, blocks, first, second, self.head_size)
+    def move(self, blocks: torch.Tensor, moves: Moves) -> None:
+        """Move rows of a request whose block ids are `blocks`."""
+        pairs = blocks, moves.source, moves.target
+        if not moves.exchange:
+            compact_blocks(self.keys, self.values, *pairs, moves.heads)
+        elif moves.heads is None and self.kv_cache.dtype in host.DTYPES:
+            host.exchange_rows(self.halves, *pairs, self.head_size)
         else:
-            compact_blocks(self.keys, self.values, blocks, source, target, heads)
+            exchange_rows(self.keys, self.values, *pairs, moves.heads)

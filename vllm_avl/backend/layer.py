@@ -148,13 +148,13 @@ class Layer:
             num_computed=task.num_tokens,
             memo=state.memo,
         )
-        of_core = replace(view, num_kept=view.num_kept - num_secondary)
-        return candidates.label(
-            state.policy.score(view),
-            num_evicted,
-            state.policy.score(of_core) if num_secondary else None,
-            num_secondary,
-        )
+        scores = core_scores = None
+        if num_evicted:
+            scores = state.policy.score(view)
+        if num_secondary:
+            of_core = replace(view, num_kept=view.num_kept - num_secondary)
+            core_scores = state.policy.score(of_core)
+        return candidates.label(scores, num_evicted, core_scores, num_secondary)
 
     def _attention(
         self, task: Task, candidates: Candidates, probabilities: torch.Tensor
@@ -191,4 +191,5 @@ class Layer:
         start: int,
         core_start: int,
     ) -> None:
-        self.cache.move(task.blocks, *rearrange(rows, labels, start, core_start))
+        for moves in rearrange(rows, labels, start, core_start):
+            self.cache.move(task.blocks, moves)

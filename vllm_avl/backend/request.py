@@ -97,9 +97,14 @@ class Task:
     """Tokens computed before the step."""
     num_tokens: int
     """Tokens computed after it."""
-    blocks: torch.Tensor
-    """[cdiv(num_tokens, block_size)] block ids of the request, int64. Those in front
+    block_ids: torch.Tensor
+    """[cdiv(num_tokens, block_size)] int32, a row of the step's table. Those in front
     of the stored ones belong to others."""
+
+    @cached_property
+    def blocks(self) -> torch.Tensor:
+        """`block_ids` as int64, which indexing takes."""
+        return self.block_ids.to(torch.int64)
 
     @cached_property
     def compacts(self) -> bool:

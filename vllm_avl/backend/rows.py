@@ -2,7 +2,8 @@
 
 A request's stored slots are two regions: secondary, then core with the text. Order
 inside a region carries no meaning, because the rotary position is inside the cached
-key; so a rearrangement moves only rows that are in the wrong region.
+key; so a rearrangement moves only rows that are in the wrong region. Its moves are
+pairs without a slot in common, so they can be done in place and in any order.
 """
 
 from __future__ import annotations
@@ -60,9 +61,23 @@ class LayerRows:
             self.positions = self.positions.repeat(num_kv_heads, 1)
 
 
+@dataclass(frozen=True)
+class Moves:
+    """Rows that change slots, in pairs of slots; no slot is named twice in a head."""
+
+    source: torch.Tensor
+    """[num_pairs] slots in tokens of the request, int64."""
+    target: torch.Tensor
+    """As source."""
+    heads: torch.Tensor | None
+    """[num_pairs] KV head of each pair, int64; None where all heads move alike."""
+    exchange: bool
+    """Whether the row at the target goes to the source; else it is lost."""
+
+
 def rearrange(
     rows: LayerRows, labels: torch.Tensor, start: int, core_start: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> list[Moves]:
     """Find the moves after which the regions hold what their rows are labelled.
 
     `rows` is updated to the state after the moves.
@@ -75,45 +90,77 @@ def rearrange(
         core_start: first slot of core.
 
     Returns:
-        source and target slots, in tokens of the request, and the KV head of each
-        move; None where all heads move alike. All int64 `[num_moved]`.
+        what to move, one after the other.
     """
     slots = torch.arange(rows.start, rows.end)
-    in_core = slots >= core_start
-    in_secondary = (slots >= start) & ~in_core
-    # In each ranking as many rows of a label are out of place as there are holes.
-    source = torch.cat(
-        [
-            ((labels == CORE) & ~in_core).nonzero(),
-            ((labels == SECONDARY) & ~in_secondary).nonzero(),
-        ]
-    )
-    target = torch.cat(
-        [
-            ((labels != CORE) & in_core).nonzero(),
-            ((labels != SECONDARY) & in_secondary).nonzero(),
-        ]
-    )
-    old, new = source.unbind(1), target.unbind(1)
-    rows.positions[new] = rows.positions[old]
-    if rows.sums is not None:
-        _move_sums(rows.sums, old, new, len(labels))
+    head, in_core = slots < start, slots >= core_start
+    in_secondary = ~head & ~in_core
+    steps = []
+    if core_start > start:
+        steps += [(CORE, in_secondary, SECONDARY, in_core)]
+        if start > rows.start:
+            steps += [
+                (CORE, in_secondary, EVICTED, in_core),
+                (SECONDARY, in_core, EVICTED, in_secondary),
+                (SECONDARY, head, EVICTED, in_secondary),
+            ]
+    if start > rows.start:
+        # Blocks of the head may be shared: rows are read there, and never written.
+        steps += [(CORE, head, EVICTED, in_core)]
+    labels, found = labels.clone(), []
+    for label, here, other_label, there in steps:
+        source, target = _pair(
+            (labels == label) & here, (labels == other_label) & there
+        )
+        if len(source):
+            exchange = other_label != EVICTED
+            found.append(_moves(rows, source, target, exchange=exchange))
+            _exchange(labels, source, target)
+            _exchange_rows(rows, source, target)
     first = start - rows.start
-    rows.positions = rows.positions[:, first:].clone()
+    rows.start, rows.positions = start, rows.positions[:, first:].clone()
     if rows.sums is not None:
         rows.sums = rows.sums[:, first:].clone()
-    offset, rows.start = rows.start, start
-    heads = old[0] if len(labels) > 1 else None
-    return old[1] + offset, new[1] + offset, heads
+    return found
 
 
-def _move_sums(
-    sums: torch.Tensor,
-    old: tuple[torch.Tensor, ...],
-    new: tuple[torch.Tensor, ...],
-    num_rankings: int,
+def _pair(
+    sources: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pair True elements of each ranking while both masks have some.
+
+    Returns:
+        two [num_pairs, 2] indices of ranking and slot.
+    """
+    num_pairs = torch.minimum(sources.sum(1), targets.sum(1)).unsqueeze(1)
+    source, target = (
+        (mask & (mask.cumsum(1) <= num_pairs)).nonzero() for mask in (sources, targets)
+    )
+    return source, target
+
+
+def _moves(
+    rows: LayerRows, source: torch.Tensor, target: torch.Tensor, *, exchange: bool
+) -> Moves:
+    heads = source[:, 0] if len(rows.positions) > 1 else None
+    return Moves(source[:, 1] + rows.start, target[:, 1] + rows.start, heads, exchange)
+
+
+def _exchange_rows(rows: LayerRows, one: torch.Tensor, other: torch.Tensor) -> None:
+    _exchange(rows.positions, one, other)
+    if rows.sums is not None:
+        _exchange(rows.sums, one, other, every_row=len(rows.positions) == 1)
+
+
+def _exchange(
+    values: torch.Tensor,
+    one: torch.Tensor,
+    other: torch.Tensor,
+    *,
+    every_row: bool = False,
 ) -> None:
-    if num_rankings == 1:
-        sums[:, new[1]] = sums[:, old[1]]
-    else:
-        sums[new] = sums[old]
+    """Exchange elements at `[num_pairs, 2]` indices of row and column."""
+    a, b = one.unbind(1), other.unbind(1)
+    if every_row:
+        a, b = (slice(None), a[1]), (slice(None), b[1])
+    values[a], values[b] = values[b], values[a]

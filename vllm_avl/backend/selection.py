@@ -43,7 +43,7 @@ class Candidates:
 
     def label(
         self,
-        scores: torch.Tensor,
+        scores: torch.Tensor | None,
         num_evicted: int,
         core_scores: torch.Tensor | None,
         num_secondary: int,
@@ -53,7 +53,8 @@ class Candidates:
         Everything else is CORE, and so is what does not compete.
 
         Args:
-            scores: [1, num_candidates], or [num_rankings, num_candidates].
+            scores: [1, num_candidates], or [num_rankings, num_candidates]; None where
+                none goes.
             num_evicted: candidates that go, for each ranking.
             core_scores: as `scores`, for those that stay; None where all are core.
             num_secondary: candidates outside of core, for each ranking.
@@ -61,16 +62,18 @@ class Candidates:
         Returns:
             [num_rankings, num_slots] labels.
         """
-        held = self.held[: len(scores)]
-        ranked = torch.full(scores.shape, CORE)
-        if num_evicted:
+        given = scores if scores is not None else core_scores
+        assert given is not None, "nothing to rank"
+        held = self.held[: len(given)]
+        ranked = torch.full(given.shape, CORE)
+        if scores is not None:
             evicted = _worst(scores, held, num_evicted)
             ranked.masked_fill_(evicted, EVICTED)
             held = held & ~evicted
         if core_scores is not None:
             secondary = _worst(core_scores, held, num_secondary)
             ranked.masked_fill_(secondary, SECONDARY)
-        dense = torch.full((len(scores), self._end + 1), CORE)
+        dense = torch.full((len(given), self._end + 1), CORE)
         dense[:, self.positions] = ranked
         return dense.expand(len(self._index), -1).gather(1, self._index)
 

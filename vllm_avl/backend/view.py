@@ -41,7 +41,6 @@ def make_view(
         block_size: the kernel's block size, a divisor of the plans'.
     """
     shifted_table, shifted_lens = block_table.clone(), seq_lens.clone()
-    ids = block_table.to(torch.int64)
     tasks = []
     # Read whole: a look at one element of a tensor costs as much as all of them.
     query_starts, lens = query_start_loc.tolist(), seq_lens.tolist()
@@ -52,7 +51,7 @@ def make_view(
         if num_tokens < plan.num_prompt_tokens:
             continue
         num_blocks = -(-num_tokens // block_size)
-        blocks = ids[row, :num_blocks]
+        blocks = block_table[row, :num_blocks]
         task = Task(state, query_start, query_end, num_computed, num_tokens, blocks)
         state.record(num_tokens, task.scores)
         if task.has_work:

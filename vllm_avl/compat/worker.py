@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -17,25 +15,6 @@ from vllm_avl.compat.scheduler import received_plans
 from vllm_avl.config import parse_config
 from vllm_avl.kernels import host
 from vllm_avl.support import check_groups
-
-BINDINGS = ("GOMP_CPU_AFFINITY", "OMP_PLACES", "KMP_AFFINITY")
-"""Where vLLM tells a worker's OpenMP its cores, as a list."""
-
-
-def bound_cores() -> set[int]:
-    """Cores of this worker.
-
-    Not this thread's affinity: OpenMP has bound it to the first of them.
-    """
-    for name in BINDINGS:
-        ranges = re.findall(r"(\d+)(?:-(\d+))?", os.environ.get(name, ""))
-        if ranges:
-            return {
-                core
-                for first, last in ranges
-                for core in range(int(first), int(last or first) + 1)
-            }
-    return os.sched_getaffinity(0)
 
 
 class AVLCPUWorker(CPUWorker):
@@ -51,7 +30,7 @@ class AVLCPUWorker(CPUWorker):
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
         check_groups(specs, AVLSpec)
         super().initialize_from_config(kv_cache_config)
-        host.start(specs[0].dtype, bound_cores())
+        host.start(specs[0].dtype)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Run one step, with its plans at the metadata builders' hand."""

@@ -1,0 +1,32 @@
+"""Runs Triton kernels on CPU tensors, whatever Triton was imported for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import ModuleType
+from unittest.mock import patch
+
+# The interpreter imports Gluon on its first launch, and Gluon insists on JIT functions.
+import triton.experimental.gluon  # noqa: F401
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+LANGUAGE = (tl, tl.core, tl.math, tl.standard)
+
+
+@contextmanager
+def interpreted(*modules: ModuleType) -> Iterator[None]:
+    """Give the modules' kernels, and Triton's own functions, to its interpreter.
+
+    TRITON_INTERPRET would have to be set before vLLM imports Triton, and every server
+    that a test starts would inherit it.
+    """
+    with ExitStack() as stack:
+        for module in (*LANGUAGE, *modules):
+            for name, function in list(vars(module).items()):
+                if isinstance(function, JITFunction):
+                    replaced = InterpretedFunction(function.fn)
+                    stack.enter_context(patch.object(module, name, replaced))
+        yield
