@@ -70,6 +70,29 @@ VARIANTS = (Variant(0.5, 0.3, 3), Variant(0.3, 0.1, 8), Variant(0.5, 0.5, 0))
 
 
 @dataclass
+class Refreshes:
+    """What refreshes took, one of one request in one layer at a time."""
+
+    whole: list[float] = field(default_factory=list)
+    attend: list[float] = field(default_factory=list)
+    """Attention and scores."""
+    move: list[float] = field(default_factory=list)
+    num_rows_moved: list[int] = field(default_factory=list)
+    """Rows that enter core, by KV head."""
+
+    def milliseconds(self) -> dict[str, float]:
+        """Medians, and the rows that a refresh brings into core."""
+        if not self.whole:
+            return {}
+        return {
+            "refresh_request_layer_ms": 1e3 * median(self.whole),
+            "refresh_attend_ms": 1e3 * median(self.attend),
+            "refresh_move_ms": 1e3 * median(self.move),
+            "rows_into_core": median(self.num_rows_moved),
+        }
+
+
+@dataclass
 class Steps:
     """What the decode steps of one run took, in the order they ran."""
 
@@ -79,6 +102,7 @@ class Steps:
     """Requests that refresh, by step."""
     num_rows: list[int] = field(default_factory=list)
     """Cached rows that the attention of one layer reads, by step."""
+    refreshes: Refreshes = field(default_factory=lambda: Refreshes())
 
     def seconds(self, refreshing: bool | None = None) -> list[float]:
         """Step times of decode steps: all, refreshing or ordinary ones."""
@@ -215,11 +239,11 @@ def watched() -> Iterator[Steps]:
     """Note time, rows and refreshes of the decoder's attention, step by step."""
     from vllm.v1.attention.backends import cpu_attn
 
-    from vllm_avl.backend import cpu
+    from vllm_avl.backend import cpu, step
 
     steps = Steps(Run())
     build = cpu_attn.CPUAttentionMetadataBuilder.build
-    make_view = cpu.make_view
+    make_view = step.make_view
 
     def built(builder: Any, *args: Any, **kwargs: Any) -> Any:
         metadata = build(builder, *args, **kwargs)
@@ -251,10 +275,44 @@ def watched() -> Iterator[Steps]:
     with ExitStack() as patches:
         enter = patches.enter_context
         enter(patch.object(cpu_attn.CPUAttentionMetadataBuilder, "build", built))
-        enter(patch.object(cpu, "make_view", viewed))
+        enter(patch.object(step, "make_view", viewed))
+        for target, name, wrapper in refresh_watches(steps.refreshes):
+            enter(patch.object(target, name, wrapper))
         enter(patch.object(avl, "forward", timed(avl.forward)))
         enter(patch.object(stock, "forward", once(timed, stock.forward, avl)))
         yield steps
+
+
+def refresh_watches(seen: Refreshes) -> Iterator[tuple[type, str, Any]]:
+    """Yield the methods that make up a refresh, wrapped to note their times."""
+    from vllm_avl.backend.cpu_cache import CPUCache
+    from vllm_avl.backend.layer import Layer
+
+    def watch(function: Any, note: Any) -> Any:
+        def timed(*args: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*args)
+            note(time.perf_counter() - start, *args)
+            return result
+
+        return timed
+
+    def performed(seconds: float, layer: Any, task: Any, *rest: Any) -> None:
+        if task.scores_while_attending:
+            seen.whole.append(seconds)
+
+    def moved(seconds: float, cache: Any, blocks: Any, moves: Any) -> None:
+        if moves.exchange:
+            seen.move.append(seconds)
+            seen.num_rows_moved.append(len(moves.source))
+
+    yield Layer, "perform", watch(Layer.perform, performed)
+    yield (
+        CPUCache,
+        "attend",
+        watch(CPUCache.attend, lambda seconds, *rest: seen.attend.append(seconds)),
+    )
+    yield CPUCache, "move", watch(CPUCache.move, moved)
 
 
 def once(timed: Any, forward: Any, inner: type) -> Any:
@@ -324,9 +382,19 @@ def summarize(
                 "end_to_end_ratio": median(
                     [a.run.seconds / b.run.seconds for a, b in pairs]
                 ),
+                **refresh_columns(turns),
             }
         )
     return rows
+
+
+def refresh_columns(turns: Sequence[Steps]) -> dict[str, float]:
+    """Return what a refresh of one request in one layer is made of; NaN for none."""
+    found = [turn.refreshes.milliseconds() for turn in turns]
+    names = Refreshes([0.0], [0.0], [0.0], [0]).milliseconds()
+    return {
+        name: median([one.get(name, float("nan")) for one in found]) for name in names
+    }
 
 
 def median(values: Sequence[float]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from vllm_avl.config import AVLConfig
 from vllm_avl.policies import POLICIES
@@ -79,13 +79,12 @@ REFUSALS = (
 )
 
 
-def check_platform(device_type: str) -> None:
+def refuse_platform(name: str) -> NoReturn:
     """Refuse devices without a back end of ours."""
-    if device_type != "cpu":
-        raise UnsupportedError(
-            f"{BACKEND} runs on CPU only in this version, and this is a "
-            f"{device_type} platform; start without {BACKEND}"
-        )
+    raise UnsupportedError(
+        f"{BACKEND} runs on CPUs and on CUDA devices, and this platform is {name}; "
+        f"start without {BACKEND}"
+    )
 
 
 def check_config(vllm_config: Any, avl_config: AVLConfig) -> None:

@@ -1,5 +1,7 @@
 """What a worker remembers of its requests, and what it tells of them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -209,14 +211,38 @@ def test_the_latest_request_of_a_name_is_found():
 
 
 def test_rows_of_a_batch_are_looked_up_by_name():
-    states = {"a": state_of(), "c": state_of()}
-    step = Step(states, lambda: ["c", "stock", "a"])
-    assert [row for row, _ in step.row_states()] == [0, 2]
-    assert step.row_states()[0][1] is states["c"]
+    requests = WorkerRequests()
+    requests.update((), (), {name: state_of().plan for name in "ac"})
+    spans = [("a", 22, 23), ("stock", 5, 6), ("c", 0, 22)]
+    step = Step(requests.turns(spans), lambda common: ["c", "stock", "a"])
+    common = SimpleNamespace(
+        block_table_tensor=torch.arange(24, dtype=torch.int32).view(3, 8),
+        query_start_loc_cpu=torch.tensor([0, 22, 23, 24]),
+    )
+    view = step.view(common, 4, fuses_scores=True)
+    assert view.first_blocks == [0, 0, 3]
+    (task,) = view.tasks
+    assert task.state is requests.running["c"]
+    assert (task.query_start, task.query_end) == (0, 22)
+    assert task.blocks.tolist() == list(range(6))
+    assert step.view(None, 4, fuses_scores=True) is view
+
+
+def test_a_step_knows_its_work_before_its_rows():
+    requests = WorkerRequests()
+    requests.update((), (), {name: state_of().plan for name in "ab"})
+    for span, has_work in (
+        (("a", 0, 21), False),
+        (("a", 0, 22), True),
+        (("a", 22, 23), False),
+        (("a", 24, 25), True),
+    ):
+        step = Step(requests.turns([("b", 22, 23), span]), list)
+        assert step.has_work == has_work
 
 
 def test_a_step_is_current_while_it_executes():
-    step = Step({}, list)
+    step = Step({}, lambda common: [])
     with executing(step):
         assert current_step() is step
     assert current_step() is None

@@ -1,10 +1,12 @@
 """What a step reads, and who has work after it, on requests made by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from vllm_avl.backend.request import RequestState
-from vllm_avl.backend.view import make_view
+from vllm_avl.backend.request import RequestState, Turn
+from vllm_avl.backend.view import make_view, shift
 from vllm_avl.config import AVLConfig
 from vllm_avl.plan import make_plan
 
@@ -23,15 +25,23 @@ def state_of(**settings):
     )
 
 
-def view_of(requests, block_size=BLOCK_SIZE):
+def view_of(requests, block_size=BLOCK_SIZE, fuses_scores=True):
     """View a step of `(state or None, tokens before, new tokens)` rows."""
     ids = torch.arange(1, 1 + 64 * len(requests), dtype=torch.int32)
     table = ids.flip(0).view(len(requests), 64).clone()
     lens = torch.tensor([old + new for _, old, new in requests], dtype=torch.int32)
-    starts = torch.tensor([0, *(new for *_, new in requests)]).cumsum(0)
-    rows = [(row, state) for row, (state, *_) in enumerate(requests) if state]
-    view = make_view(rows, table, lens, starts, block_size)
-    return table, view
+    starts = torch.tensor([0, *(new for *_, new in requests)]).cumsum(0).tolist()
+    turns = [state and Turn(state, old, old + new) for state, old, new in requests]
+    untouched = table.clone(), lens.clone()
+    view = make_view(turns, table, starts, block_size, fuses_scores)
+    first = torch.tensor(view.first_blocks, dtype=torch.int32)
+    shifted = shift(first, table, lens, block_size)
+    assert torch.equal(untouched[0], table)
+    assert torch.equal(untouched[1], lens)
+    assert all(tensor.dtype == torch.int32 for tensor in shifted)
+    return table, SimpleNamespace(
+        block_table=shifted[0], seq_lens=shifted[1], tasks=view.tasks
+    )
 
 
 def read(view, row=0, block_size=BLOCK_SIZE):
@@ -98,10 +108,10 @@ def test_a_step_into_a_new_block_reads_it():
 
 
 @pytest.mark.parametrize("step", [3, 6])
-def test_a_refresh_is_scored_elsewhere_and_costs_the_kernel_one_key(step):
+def test_a_refresh_is_scored_elsewhere_and_costs_the_kernel_one_block(step):
     state = state_of(**CORE)
     table, view = view_of([(state, PROMPT + step - 1, 1)])
-    assert read(view) == (own(table, 18, 19), 1)
+    assert read(view) == (own(table, 18, 19), PROMPT + step - 18 * 32)
     (task,) = view.tasks
     assert task.scores
     assert task.scores_while_attending
@@ -156,7 +166,7 @@ def test_text_without_core_is_scored_at_the_interval():
     assert read(view) == (own(table, START, 19), PROMPT + 2 - START * 32)
     assert view.tasks == []
     table, view = view_of([(state_of(**TEXT), PROMPT + 2, 1)])
-    assert read(view) == (own(table, 18, 19), 1)
+    assert read(view) == (own(table, 18, 19), PROMPT + 3 - 18 * 32)
     assert view.tasks[0].scores_while_attending
 
 
@@ -174,20 +184,28 @@ def test_the_kernels_blocks_may_be_smaller():
     table, view = view_of([(state, PROMPT, 1)], 16)
     assert read(view, 0, 16) == (own(table, 2 * CORE_START, 38), 601 - 14 * 32)
     table, view = view_of([(state, PROMPT + 2, 1)], 16)
-    assert read(view, 0, 16) == (own(table, 37, 38), 1)
+    assert read(view, 0, 16) == (own(table, 37, 38), 603 - 37 * 16)
     assert view.tasks[0].blocks.tolist() == own(table, 0, 38)
 
 
-def test_the_runners_tensors_are_never_written():
-    table = torch.arange(256, dtype=torch.int32).view(4, 64)
-    lens = torch.tensor([601, 603, 620, 600], dtype=torch.int32)
-    starts = torch.tensor([0, 1, 2, 22, 622])
-    untouched = [tensor.clone() for tensor in (table, lens, starts)]
-    rows = [(row, state_of(**CORE)) for row in range(4)]
-    view = make_view(rows, table, lens, starts, BLOCK_SIZE)
-    for ours, theirs in zip((table, lens, starts), untouched, strict=True):
-        assert torch.equal(ours, theirs)
-    assert view.block_table.dtype == view.seq_lens.dtype == torch.int32
+def test_a_back_end_without_fused_scores_reads_all_that_is_stored():
+    state = state_of(**CORE)
+    table, view = view_of([(state, PROMPT + 2, 1)], fuses_scores=False)
+    assert read(view) == (own(table, START, 19), 603 - START * 32)
+    (task,) = view.tasks
+    assert task.scores
+    assert not task.scores_while_attending
+
+
+def test_tables_are_shifted_into_given_buffers():
+    table = torch.arange(8, dtype=torch.int32).view(2, 4)
+    lens = torch.tensor([12, 9], dtype=torch.int32)
+    out = torch.empty_like(table), torch.empty_like(lens)
+    first = torch.tensor([1, 0], dtype=torch.int32)
+    shifted = shift(first, table, lens, 4, out)
+    assert [one.data_ptr() for one in shifted] == [one.data_ptr() for one in out]
+    assert out[0].tolist() == [[1, 2, 3, 3], [4, 5, 6, 7]]
+    assert out[1].tolist() == [8, 9]
 
 
 def test_requests_of_a_batch_keep_to_their_own_settings():
@@ -199,7 +217,7 @@ def test_requests_of_a_batch_keep_to_their_own_settings():
         (state_of(**CORE | {"core_refresh_interval": 2}), PROMPT + 2, 1),
     ]
     table, view = view_of(batch)
-    assert read(view, 0) == (own(table, 18, 19, 0), 1)
+    assert read(view, 0) == (own(table, 18, 19, 0), 603 - 18 * 32)
     assert read(view, 1) == (own(table, 0, 22, 1), 701)
     assert read(view, 2) == (own(table, START, 19, 2), 603 - START * 32)
     assert read(view, 3) == (own(table, 0, 19, 3), PROMPT)

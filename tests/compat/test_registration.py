@@ -11,7 +11,7 @@ from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_avl.compat import patches, platform, registry, versions
-from vllm_avl.compat.patches import Patch, Seam
+from vllm_avl.compat.seam import Patch, Seam
 from vllm_avl.plugin import register
 
 
@@ -59,7 +59,7 @@ def test_the_name_in_any_case(name, checkpoints):
     config = args.create_engine_config()
     assert platform.is_chosen(config)
     assert config.scheduler_config.scheduler_cls == platform.SCHEDULER
-    assert config.parallel_config.worker_cls == platform.WORKER
+    assert config.parallel_config.worker_cls == platform.CPU.worker
     assert config.cache_config.block_size == 32
 
 

@@ -17,7 +17,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_avl.backend.step import WorkerRequests
-from vllm_avl.backend.view import make_view
+from vllm_avl.backend.view import make_view, shift
 from vllm_avl.compat.scheduler import AVLAsyncScheduler, received_plans
 from vllm_avl.testing.engine import check_integrity
 
@@ -112,12 +112,14 @@ class FakeWorker:
 
     def read(self, request_id, num_tokens, held):
         table, computed = self.tables[request_id]
-        state = self.requests.running.get(request_id)
-        view = make_view(
-            [(0, state)] if state else [],
-            torch.tensor([table], dtype=torch.int32),
+        span = request_id, computed, computed + num_tokens
+        turn = self.requests.turns([span]).get(request_id)
+        blocks = torch.tensor([table], dtype=torch.int32)
+        view = make_view([turn], blocks, [0], BLOCK_SIZE, fuses_scores=True)
+        shifted, lens = shift(
+            torch.tensor(view.first_blocks, dtype=torch.int32),
+            blocks,
             torch.tensor([computed + num_tokens], dtype=torch.int32),
-            torch.tensor([0, num_tokens]),
             BLOCK_SIZE,
         )
         for task in view.tasks:
@@ -127,8 +129,7 @@ class FakeWorker:
                 f"{request_id} writes others' blocks"
             )
         self.num_compacted += sum(task.compacts for task in view.tasks)
-        num_blocks = -(-int(view.seq_lens[0]) // BLOCK_SIZE)
-        read = view.block_table[0, :num_blocks].tolist()
+        read = shifted[0, : -(-int(lens[0]) // BLOCK_SIZE)].tolist()
         # None: finished, aborted or preempted while the step was in flight.
         if held is not None:
             assert set(read) <= held, f"{request_id} reads blocks it does not hold"

@@ -7,10 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
-from vllm.distributed import (
-    tensor_model_parallel_all_gather,
-    tensor_model_parallel_all_reduce,
-)
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
@@ -23,14 +19,12 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_avl.backend.cpu_cache import KEYS_BY_COLUMN, CPUCache
 from vllm_avl.backend.layer import Layer
-from vllm_avl.backend.ranks import Ranks
+from vllm_avl.backend.ranks import RANKS
 from vllm_avl.backend.request import Task
 from vllm_avl.backend.step import current_step
-from vllm_avl.backend.view import make_view
+from vllm_avl.backend.view import shift
 from vllm_avl.cache.spec import AVLSpec, adapt
 from vllm_avl.support import check_layer, check_layer_names, check_spec
-
-RANKS = Ranks(tensor_model_parallel_all_reduce, tensor_model_parallel_all_gather)
 
 
 @dataclass
@@ -65,22 +59,20 @@ class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
         fast_build: bool = False,
     ) -> CPUAttentionMetadata:
         """Build the metadata; a step without adaptive requests is stock's."""
-        step = current_step()
-        if step is None or not (row_states := step.row_states()):
-            return super().build(common_prefix_len, common_attn_metadata, fast_build)
-        if step.view is None:
-            step.view = make_view(
-                row_states,
-                common_attn_metadata.block_table_tensor,
-                common_attn_metadata.seq_lens,
-                common_attn_metadata.query_start_loc_cpu,
-                self.block_size,
-            )
-        view = step.view
-        shifted = common_attn_metadata.replace(
-            seq_lens=view.seq_lens,
-            block_table_tensor=view.block_table,
-            max_seq_len=int(view.seq_lens.max()),
+        common, step = common_attn_metadata, current_step()
+        if step is None or not step.turns:
+            return super().build(common_prefix_len, common, fast_build)
+        view = step.view(common, self.block_size, fuses_scores=True)
+        table, seq_lens = shift(
+            torch.tensor(view.first_blocks, dtype=torch.int32),
+            common.block_table_tensor,
+            common.seq_lens,
+            self.block_size,
+        )
+        shifted = common.replace(
+            seq_lens=seq_lens,
+            block_table_tensor=table,
+            max_seq_len=int(seq_lens.max()),
         )
         metadata = super().build(common_prefix_len, shifted, fast_build)
         return AVLMetadata(**vars(metadata), tasks=view.tasks)

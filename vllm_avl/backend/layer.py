@@ -3,15 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 
-from vllm_avl.backend.cpu_cache import CPUCache
 from vllm_avl.backend.ranks import Ranks
 from vllm_avl.backend.request import RequestState, Task
-from vllm_avl.backend.rows import CORE, SECONDARY, LayerRows, rearrange
+from vllm_avl.backend.rows import CORE, SECONDARY, LayerRows, Moves, rearrange
 from vllm_avl.backend.selection import Candidates, label_aged_text
 from vllm_avl.policies import TokenView
+
+
+class Cache(Protocol):
+    """One layer's cache on this rank, in whatever layout, and operations on it."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads of this rank."""
+
+    @property
+    def block_size(self) -> int:
+        """Rows a block holds."""
+
+    def scores(
+        self, query: torch.Tensor, blocks: torch.Tensor, num_tokens: int
+    ) -> torch.Tensor:
+        """As `kernels.attention_scores`."""
+
+    def move(self, blocks: torch.Tensor, moves: Moves) -> None:
+        """Move rows of a request whose block ids are `blocks`."""
+
+
+@runtime_checkable
+class FusingCache(Cache, Protocol):
+    """A cache that attends and scores in one read."""
+
+    def attend(
+        self, query: torch.Tensor, blocks: torch.Tensor, num_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `kernels.scored_attention`."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +49,7 @@ class Layer:
     """One attention layer and its cache, on this rank."""
 
     index: int
-    cache: CPUCache
+    cache: Cache
     ranks: Ranks
 
     def perform(self, task: Task, query: torch.Tensor, output: torch.Tensor) -> None:
@@ -46,7 +76,8 @@ class Layer:
             task.blocks,
             plan.num_prompt_tokens,
         )
-        rows = LayerRows(0, torch.arange(plan.num_prompt_tokens).unsqueeze(0))
+        positions = torch.arange(plan.num_prompt_tokens, device=query.device)
+        rows = LayerRows(0, positions.unsqueeze(0))
         if state.policy.per_head:
             rows.split_heads(self.cache.num_kv_heads)
         if state.keeps_sums or state.policy.keeps_sums:
@@ -89,6 +120,7 @@ class Layer:
         last = task.query_end - 1
         if not task.scores_while_attending:
             return self.cache.scores(query[last : last + 1], blocks, num_slots)
+        assert isinstance(self.cache, FusingCache)
         output[last], probabilities = self.cache.attend(query[last], blocks, num_slots)
         return probabilities
 

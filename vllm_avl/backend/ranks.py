@@ -6,6 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from vllm.distributed import (
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
 
 
 @dataclass(frozen=True)
@@ -27,3 +31,7 @@ class Ranks:
         if head_reduction == "mean":
             return self.all_reduce(scores)
         return self.all_gather(scores, 0).amax(0, keepdim=True)
+
+
+RANKS = Ranks(tensor_model_parallel_all_reduce, tensor_model_parallel_all_gather)
+"""vLLM's group."""

@@ -18,6 +18,8 @@ class RequestState:
     """One adaptive request on this worker."""
 
     plan: Plan
+    device: str | torch.device = "cpu"
+    """Of the cache."""
     layers: dict[int, LayerRows] = field(default_factory=dict)
     """Stored rows by layer index; empty where nobody asks for them again."""
     num_tokens: int = 0
@@ -53,8 +55,8 @@ class RequestState:
         """[num_candidates] positions that the policy ranks, ascending, int64."""
         plan = self.plan
         if self.policy.ranks_text:
-            return torch.arange(plan.num_full_tokens)
-        return _positions(plan.ranked_ranges)
+            return torch.arange(plan.num_full_tokens, device=self.device)
+        return _positions(plan.ranked_ranges).to(self.device)
 
     @cached_property
     def _ages(self) -> torch.Tensor:
@@ -64,7 +66,7 @@ class RequestState:
         if not self.policy.ranks_text:
             ages[_positions(plan.vision_ranges)] = False
         ages[: plan.vision_ranges[0][0]] = False
-        return ages
+        return ages.to(self.device)
 
     def finish(self) -> None:
         """Keep what a report needs, and no more."""
@@ -86,37 +88,35 @@ class RequestState:
 
 
 @dataclass(frozen=True)
-class Task:
-    """What one request needs of every layer after a step's attention."""
+class Turn:
+    """What one step computes of an adaptive request, and what that asks for."""
 
     state: RequestState
-    query_start: int
-    """Index of the request's first token in the step."""
-    query_end: int
     num_computed: int
     """Tokens computed before the step."""
     num_tokens: int
     """Tokens computed after it."""
-    block_ids: torch.Tensor
-    """[cdiv(num_tokens, block_size)] int32, a row of the step's table. Those in front
-    of the stored ones belong to others."""
 
-    @cached_property
-    def blocks(self) -> torch.Tensor:
-        """`block_ids` as int64, which indexing takes."""
-        return self.block_ids.to(torch.int64)
+    @property
+    def num_new(self) -> int:
+        """Tokens of the step."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether the prompt goes on behind the step."""
+        return self.num_tokens < self.state.plan.num_prompt_tokens
 
     @cached_property
     def compacts(self) -> bool:
         """Whether the prompt ends in this step."""
-        return self.num_computed < self.state.plan.num_prompt_tokens
+        return self.num_computed < self.state.plan.num_prompt_tokens <= self.num_tokens
 
     @cached_property
     def reads_all(self) -> bool:
         """Whether the step reads what is stored, not core and text alone."""
-        num_new = self.num_tokens - self.num_computed
         plan = self.state.plan
-        return not plan.has_core or plan.refreshes(self.num_computed, num_new)
+        return not plan.has_core or plan.refreshes(self.num_computed, self.num_new)
 
     @cached_property
     def first_read_token(self) -> int:
@@ -129,23 +129,19 @@ class Task:
     @cached_property
     def scores(self) -> bool:
         """Whether a step of the answer scores what it reads."""
-        num_new = self.num_tokens - self.num_computed
         state = self.state
         return (
-            not self.compacts
+            self.num_computed >= state.plan.num_prompt_tokens
             and (state.keeps_sums or (state.plan.has_core and state.policy.refreshes))
-            and state.plan.refreshes(self.num_computed, num_new)
+            and state.plan.refreshes(self.num_computed, self.num_new)
         )
-
-    @cached_property
-    def scores_while_attending(self) -> bool:
-        """Whether attention and scores come from one pass: a lone decode row."""
-        return self.scores and self.query_end - self.query_start == 1
 
     @cached_property
     def num_aged(self) -> int:
         """Text rows that leave the window in this step, for each KV head."""
         plan = self.state.plan
+        if self.is_prefix:
+            return 0
         before = 0
         if not self.compacts:
             before = plan.num_evicted_text_blocks(self.num_computed)
@@ -154,8 +150,31 @@ class Task:
 
     @cached_property
     def has_work(self) -> bool:
-        """Whether the layers have anything to do for it."""
+        """Whether the layers have anything to do for it after their attention."""
         return self.compacts or self.scores or self.num_aged > 0
+
+
+@dataclass(frozen=True)
+class Task(Turn):
+    """A turn that has work for every layer, and where the request lies in the step."""
+
+    query_start: int
+    """Index of the request's first token in the step."""
+    block_ids: torch.Tensor
+    """[cdiv(num_tokens, block_size)] int32, a row of the step's table. Those in front
+    of the stored ones belong to others."""
+    scores_while_attending: bool
+    """Whether our kernel attends and scores in one pass, in place of vLLM's."""
+
+    @property
+    def query_end(self) -> int:
+        """Index behind the request's last token in the step."""
+        return self.query_start + self.num_new
+
+    @cached_property
+    def blocks(self) -> torch.Tensor:
+        """`block_ids` as int64, which indexing takes."""
+        return self.block_ids.to(torch.int64)
 
 
 def _positions(ranges: tuple[tuple[int, int], ...]) -> torch.Tensor:

@@ -39,7 +39,9 @@ class LayerRows:
         if num_tokens == self.end:
             return
         # An appended row lies at its own position.
-        new = torch.arange(self.end, num_tokens).expand(len(self.positions), -1)
+        device = self.positions.device
+        new = torch.arange(self.end, num_tokens, device=device)
+        new = new.expand(len(self.positions), -1)
         self.positions = torch.cat([self.positions, new], 1)
         if self.sums is not None:
             unscored = self.sums.new_full((len(self.sums), new.shape[1]), torch.nan)
@@ -92,7 +94,7 @@ def rearrange(
     Returns:
         what to move, one after the other.
     """
-    slots = torch.arange(rows.start, rows.end)
+    slots = torch.arange(rows.start, rows.end, device=labels.device)
     head, in_core = slots < start, slots >= core_start
     in_secondary = ~head & ~in_core
     steps = []

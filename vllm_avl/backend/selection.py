@@ -21,7 +21,8 @@ class Candidates:
         self._end = int(positions[-1]) + 1
         # Whatever does not compete shares one place behind the last candidate.
         self._index = rows.positions.clamp(max=self._end)
-        held = torch.zeros(len(rows.positions), self._end + 1, dtype=torch.bool)
+        shape = len(rows.positions), self._end + 1
+        held = torch.zeros(shape, dtype=torch.bool, device=positions.device)
         self._held = held.scatter_(1, self._index, True)
 
     @property
@@ -65,7 +66,7 @@ class Candidates:
         given = scores if scores is not None else core_scores
         assert given is not None, "nothing to rank"
         held = self.held[: len(given)]
-        ranked = torch.full(given.shape, CORE)
+        ranked = torch.full_like(held, CORE, dtype=torch.int64)
         if scores is not None:
             evicted = _worst(scores, held, num_evicted)
             ranked.masked_fill_(evicted, EVICTED)
@@ -73,7 +74,7 @@ class Candidates:
         if core_scores is not None:
             secondary = _worst(core_scores, held, num_secondary)
             ranked.masked_fill_(secondary, SECONDARY)
-        dense = torch.full((len(given), self._end + 1), CORE)
+        dense = ranked.new_full((len(given), self._end + 1), CORE)
         dense[:, self.positions] = ranked
         return dense.expand(len(self._index), -1).gather(1, self._index)
 

@@ -13,8 +13,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from vllm_avl.backend.request import RequestState
-from vllm_avl.backend.view import StepView
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_avl.backend.request import RequestState, Turn
+from vllm_avl.backend.view import StepView, make_view
 from vllm_avl.plan import Plan
 
 
@@ -24,6 +27,8 @@ class WorkerRequests:
 
     num_remembered: int = 0
     """Finished requests to remember."""
+    device: str | torch.device = "cpu"
+    """Of the cache."""
     running: dict[str, RequestState] = field(default_factory=dict)
     finished: deque[tuple[str, RequestState]] = field(init=False)
     """Oldest first."""
@@ -45,7 +50,17 @@ class WorkerRequests:
                 self.finished.append((request_id, state))
         for request_id in preempted:
             self.running.pop(request_id, None)
-        self.running |= {name: RequestState(plan) for name, plan in received.items()}
+        self.running |= {
+            name: RequestState(plan, self.device) for name, plan in received.items()
+        }
+
+    def turns(self, spans: Iterable[tuple[str, int, int]]) -> dict[str, Turn]:
+        """Pick the adaptive of a step's `(id, tokens before, tokens after)`."""
+        return {
+            name: Turn(self.running[name], before, after)
+            for name, before, after in spans
+            if name in self.running
+        }
 
     def find(self, request_id: str) -> RequestState | None:
         """Return a running or remembered request; the latest of several by that id."""
@@ -54,20 +69,32 @@ class WorkerRequests:
 
 @dataclass
 class Step:
-    """One forward pass: requests, and a look at the batch's ids in row order."""
+    """One forward pass: its adaptive requests, and which rows of the batch they are."""
 
-    requests: Mapping[str, RequestState]
-    request_ids: Callable[[], Sequence[str]]
-    view: StepView | None = None
-    """Made by the first metadata builder that asks, for all of them."""
+    turns: Mapping[str, Turn]
+    """By request id."""
+    row_ids: Callable[[CommonAttentionMetadata], Sequence[str]]
+    """Request ids in the order of the batch's rows."""
+    _view: StepView | None = None
 
-    def row_states(self) -> list[tuple[int, RequestState]]:
-        """Batch rows that are adaptive."""
-        return [
-            (row, self.requests[request_id])
-            for row, request_id in enumerate(self.request_ids())
-            if request_id in self.requests
-        ]
+    @property
+    def has_work(self) -> bool:
+        """Whether any request has work that only Python can do."""
+        return any(turn.has_work for turn in self.turns.values())
+
+    def view(
+        self, common: CommonAttentionMetadata, block_size: int, *, fuses_scores: bool
+    ) -> StepView:
+        """Return what the step reads; made once, for all metadata builders."""
+        if self._view is None:
+            self._view = make_view(
+                [self.turns.get(name) for name in self.row_ids(common)],
+                common.block_table_tensor,
+                common.query_start_loc_cpu.tolist(),
+                block_size,
+                fuses_scores,
+            )
+        return self._view
 
 
 _current: ContextVar[Step | None] = ContextVar("avl_step", default=None)

@@ -1,4 +1,4 @@
-"""What a step's attention reads: shifted block tables, and who has work for later."""
+"""What a step's attention reads of each row, and who has work after it."""
 
 from __future__ import annotations
 
@@ -7,64 +7,91 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_avl.backend.request import RequestState, Task
+from vllm_avl.backend.request import Task, Turn
 
 
 @dataclass(frozen=True)
 class StepView:
-    """The tensors a step's attention metadata is built from."""
+    """Where the rows of a step begin to read."""
 
-    block_table: torch.Tensor
-    """[num_reqs, max_blocks] int32."""
-    seq_lens: torch.Tensor
-    """[num_reqs] int32."""
+    first_blocks: list[int]
+    """[num_rows] first block that vLLM's kernel reads."""
     tasks: list[Task]
 
 
 def make_view(
-    row_states: Sequence[tuple[int, RequestState]],
+    turns: Sequence[Turn | None],
     block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
+    query_starts: Sequence[int],
     block_size: int,
+    fuses_scores: bool,
 ) -> StepView:
-    """Shift every adaptive request to the tail it reads, and find who has work.
+    """Find where every row begins to read, and who has work.
 
-    The shift depends on the tokens computed before the step alone: the scheduler has
-    given the blocks in front of it away, and their ids in the table belong to others.
+    That depends on the tokens computed before the step alone: the scheduler has given
+    the blocks in front of it away, and their ids in the table belong to others.
 
     Args:
-        row_states: batch rows that are adaptive.
-        block_table: [num_reqs, max_blocks], never written.
-        seq_lens: [num_reqs] tokens at the end of the step, never written.
-        query_start_loc: [num_reqs + 1] on the CPU.
+        turns: of the batch's rows; None where a row is not adaptive.
+        block_table: [num_reqs, max_blocks] int32.
+        query_starts: index of each row's first token.
         block_size: the kernel's block size, a divisor of the plans'.
+        fuses_scores: whether a lone decode row that scores is attended by our kernel.
     """
-    shifted_table, shifted_lens = block_table.clone(), seq_lens.clone()
-    tasks = []
-    # Read whole: a look at one element of a tensor costs as much as all of them.
-    query_starts, lens = query_start_loc.tolist(), seq_lens.tolist()
-    for row, state in row_states:
-        query_start, query_end = query_starts[row : row + 2]
-        num_tokens = lens[row]
-        plan, num_computed = state.plan, num_tokens - (query_end - query_start)
-        if num_tokens < plan.num_prompt_tokens:
+    first_blocks, tasks = [], []
+    for row, turn in enumerate(turns):
+        first_blocks.append(0)
+        if turn is None or turn.is_prefix:
             continue
-        num_blocks = -(-num_tokens // block_size)
-        blocks = block_table[row, :num_blocks]
-        task = Task(state, query_start, query_end, num_computed, num_tokens, blocks)
-        state.record(num_tokens, task.scores)
-        if task.has_work:
+        num_blocks = -(-turn.num_tokens // block_size)
+        fused = fuses_scores and turn.scores and turn.num_new == 1
+        turn.state.record(turn.num_tokens, turn.scores)
+        if turn.has_work:
+            task = Task(
+                turn.state,
+                turn.num_computed,
+                turn.num_tokens,
+                query_starts[row],
+                block_table[row, :num_blocks],
+                fused,
+            )
             tasks.append(task)
-        if task.compacts:
-            assert num_tokens == plan.num_prompt_tokens, "a chunk crossed the prompt"
-            continue
-        skip = task.first_read_token // block_size
-        if task.scores_while_attending:
-            # Attended by `scored_attention`; the kernel is given one key, not all.
-            skip = num_blocks - 1
-        shifted_table[row, : num_blocks - skip] = blocks[skip:]
-        shifted_lens[row] = (
-            1 if task.scores_while_attending else num_tokens - skip * block_size
-        )
-    return StepView(shifted_table, shifted_lens, tasks)
+        if turn.compacts:
+            assert turn.num_tokens == turn.state.plan.num_prompt_tokens, (
+                "a chunk crossed the prompt"
+            )
+        elif fused:
+            # The kernel must be given something: the last block.
+            first_blocks[row] = num_blocks - 1
+        else:
+            first_blocks[row] = turn.first_read_token // block_size
+    return StepView(first_blocks, tasks)
+
+
+def shift(
+    first_blocks: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_size: int,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Let every row of a block table begin at its first block.
+
+    Args:
+        first_blocks: [num_reqs] int32.
+        block_table: [num_reqs, max_blocks] int32.
+        seq_lens: [num_reqs] int32.
+        block_size: the kernel's.
+        out: where to put the results; None for new tensors.
+
+    Returns:
+        block table and sequence lengths of what is read.
+    """
+    last = block_table.shape[1] - 1
+    columns = torch.arange(last + 1, device=block_table.device)
+    columns = (columns + first_blocks.unsqueeze(1)).clamp_(max=last)
+    table_out, lens_out = out or (None, None)
+    return (
+        torch.gather(block_table, 1, columns, out=table_out),
+        torch.sub(seq_lens, first_blocks * block_size, out=lens_out),
+    )

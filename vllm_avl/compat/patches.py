@@ -1,61 +1,17 @@
-"""The places where vLLM has no extension point yet, and the shape we rely on.
-
-Every patch and every overridden private method is a record: what it targets, the
-parameters it was written for, why it exists, and what would make it go.
-"""
+"""The places where vLLM has no extension point yet, on every platform."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 from vllm.platforms import current_platform
-from vllm.platforms.cpu import CpuPlatform
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_avl.compat import front_end, platform
+from vllm_avl.compat.seam import Patch, Seam
 
-
-@dataclass(frozen=True)
-class Seam:
-    """A function of vLLM that a subclass of ours overrides or calls."""
-
-    owner: type
-    name: str
-    parameters: tuple[str, ...]
-    why: str
-
-    def mismatch(self) -> str | None:
-        """Say how the installed vLLM differs, None where it fits."""
-        target = f"{self.owner.__name__}.{self.name}"
-        function = getattr(self.owner, self.name, None)
-        if function is None:
-            return f"{target} is gone"
-        found = tuple(inspect.signature(inspect.unwrap(function)).parameters)
-        if found != self.parameters:
-            return f"{target} takes {found}, not {self.parameters}"
-        return None
-
-
-@dataclass(frozen=True)
-class Patch(Seam):
-    """A function of vLLM that we wrap in place."""
-
-    wrap: Callable[[Callable[..., Any]], Any]
-    until: str
-
-    def apply(self) -> None:
-        """Wrap the function, whether it is a class method or a plain one."""
-        setattr(self.owner, self.name, self.wrap(getattr(self.owner, self.name)))
-
-
-SEAMS = (
+SEAMS: tuple[Seam, ...] = (
     Seam(
         Scheduler,
         "_get_local_prefix_cache_hit",
@@ -100,34 +56,20 @@ SEAMS = (
     ),
     Seam(FullAttentionManager, "new_step_starts", ("self",), "settled blocks go first"),
     Seam(
-        CPUAttentionMetadataBuilder,
-        "build",
-        ("self", "common_prefix_len", "common_attn_metadata", "fast_build"),
-        "what a step reads",
-    ),
-    Seam(
-        CPUWorker,
+        Worker,
         "execute_model",
         ("self", "scheduler_output"),
         "the plans arrive",
     ),
     Seam(
-        CPUWorker,
+        Worker,
         "initialize_from_config",
         ("self", "kv_cache_config"),
         "the final cache groups are known",
     ),
 )
 
-PATCHES = (
-    Patch(
-        CpuPlatform,
-        "get_attn_backend_cls",
-        ("selected_backend", "attn_selector_config", "num_heads"),
-        "the CPU platform answers CPU_ATTN whatever back end is asked for",
-        wrap=platform.choose_backend,
-        until="vLLM's CPU platform honours registered back ends",
-    ),
+PATCHES: tuple[Patch, ...] = (
     Patch(
         type(current_platform),
         "check_and_update_config",
@@ -160,6 +102,16 @@ PATCHES = (
         until="vLLM has a hook that validates SamplingParams.extra_args",
     ),
 )
+
+
+if current_platform.is_cpu():
+    from vllm_avl.compat import cpu
+
+    SEAMS, PATCHES = SEAMS + cpu.SEAMS, PATCHES + cpu.PATCHES
+elif current_platform.is_cuda():
+    from vllm_avl.compat import cuda
+
+    SEAMS, PATCHES = SEAMS + cuda.SEAMS, PATCHES + cuda.PATCHES
 
 
 def mismatches() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -13,17 +14,44 @@ from vllm_avl.config import parse_config
 from vllm_avl.support import (
     check_attention,
     check_config,
-    check_platform,
     check_unclaimed,
+    refuse_platform,
 )
 
 NAME = "AVL"
-BACKEND_PATH = "vllm_avl.backend.cpu.AVLBackend"
-WORKER = "vllm_avl.compat.worker.AVLCPUWorker"
+
+
+@dataclass(frozen=True)
+class Device:
+    """What we bring for a kind of device."""
+
+    backend: str
+    worker: str
+    block_size: int | None
+    """Where the user gives none; None for vLLM's own."""
+
+
+# Small blocks free more finely than the CPU platform's 128 would.
+CPU = Device(
+    "vllm_avl.backend.cpu.AVLBackend", "vllm_avl.compat.cpu_worker.AVLCPUWorker", 32
+)
+CUDA = Device(
+    "vllm_avl.backend.triton.AVLTritonBackend",
+    "vllm_avl.compat.worker.AVLWorker",
+    None,
+)
+
+
+def device() -> Device | None:
+    """Return what runs on this process's platform, None where nothing does."""
+    if current_platform.is_cpu():
+        return CPU
+    return CUDA if current_platform.is_cuda() else None
+
+
 SCHEDULER = "vllm_avl.compat.scheduler.AVLScheduler"
 ASYNC_SCHEDULER = "vllm_avl.compat.scheduler.AVLAsyncScheduler"
 OUR_SCHEDULERS = (None, SCHEDULER, ASYNC_SCHEDULER)
-BLOCK_SIZE = 32
 
 
 def is_chosen(vllm_config: VllmConfig) -> bool:
@@ -46,7 +74,7 @@ def choose_backend(original: Callable[..., str]) -> classmethod:
             return original(selected_backend, attn_selector_config, num_heads)
         check_attention(attn_selector_config.attn_type, attn_selector_config.use_mla)
         if attn_selector_config.attn_type == "decoder":
-            return BACKEND_PATH
+            return CPU.backend
         return original(None, attn_selector_config, num_heads)
 
     return classmethod(get_attn_backend_cls)
@@ -60,18 +88,20 @@ def update_config(original: Callable[..., None]) -> classmethod:
         if not is_chosen(vllm_config) or vllm_config.model_config is None:
             original(vllm_config)
             return
-        check_platform(current_platform.device_type)
+        ours = device()
+        if ours is None:
+            refuse_platform(current_platform.device_name)
         avl_config = parse_config(vllm_config.additional_config)
         scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
         check_unclaimed("--scheduler-cls", scheduler.scheduler_cls, OUR_SCHEDULERS)
-        check_unclaimed("--worker-cls", parallel.worker_cls, ("auto", WORKER))
-        # Small blocks free more finely than the CPU platform's 128 would.
-        if not vllm_config.cache_config.user_specified_block_size:
-            vllm_config.cache_config.block_size = BLOCK_SIZE
-            vllm_config.cache_config.user_specified_block_size = True
+        check_unclaimed("--worker-cls", parallel.worker_cls, ("auto", ours.worker))
+        cache = vllm_config.cache_config
+        if ours.block_size is not None and not cache.user_specified_block_size:
+            cache.block_size = ours.block_size
+            cache.user_specified_block_size = True
         original(vllm_config)
         check_config(vllm_config, avl_config)
-        parallel.worker_cls = WORKER
+        parallel.worker_cls = ours.worker
         scheduler.scheduler_cls = (
             ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
         )

@@ -11,7 +11,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_avl.cache.manager import AVLManager
 from vllm_avl.cache.spec import AVLSpec
-from vllm_avl.compat.platform import BACKEND_PATH, NAME
+from vllm_avl.compat.platform import CPU, NAME, device
 
 
 def is_registered() -> bool:
@@ -21,7 +21,8 @@ def is_registered() -> bool:
 
 def register_all() -> None:
     """Register the back end's name and the spec's manager."""
-    register_backend(NAME, BACKEND_PATH)
+    # On other devices the name must be known to be refused.
+    register_backend(NAME, (device() or CPU).backend)
     # Configurations are unpickled before plug-ins load: the member must bring its own
     # registration along.
     member = AttentionBackendEnum[NAME]

@@ -20,4 +20,5 @@ class RandomPolicy(Policy):
     def score(self, view: TokenView) -> torch.Tensor:
         """Score by a draw."""
         generator = torch.Generator().manual_seed(view.num_computed * 1009 + view.layer)
-        return torch.rand(1, len(view.positions), generator=generator)
+        draw = torch.rand(1, len(view.positions), generator=generator)
+        return draw.to(view.positions.device)

@@ -1,0 +1,1 @@
+"""The method's operations as CUDA kernels, each beside an eager reference."""

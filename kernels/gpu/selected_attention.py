@@ -1,0 +1,497 @@
+"""Split-KV flash decoding that gathers the selected rows inside the matmul."""
+
+# mypy: allow-untyped-defs
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+MAX_BLOCK_M = 32
+NORMALISE_BLOCK_N = 128
+NORMALISE_PROGRAMS = 8
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows read at a time, and how the compiler overlaps and shares the reading."""
+
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+# By bytes of a cached element and padded head size: two tiles of keys and values in
+# flight take at most 84 KiB of shared memory, and no configuration spills.
+TILES = {
+    (1, 64): Tile(64),
+    (1, 128): Tile(64),
+    (1, 256): Tile(32),
+    (2, 64): Tile(64),
+    (2, 128): Tile(64),
+    (2, 256): Tile(32),
+    (4, 64): Tile(32),
+    (4, 128): Tile(16),
+    (4, 256): Tile(16, num_stages=2),
+}
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """Asks for what the last query row of some requests looks at.
+
+    Attributes:
+        scored: [num_reqs] int32, nonzero where a request is to be scored.
+        scores: [num_kv_heads, num_blocks * block_size] fp32. At the cache rows that a
+            scored request reads: attention probabilities, summed over the query heads
+            of a KV head. Left alone elsewhere.
+        logits: [num_heads, num_blocks * block_size] fp32, scratch.
+    """
+
+    scored: torch.Tensor
+    scores: torch.Tensor
+    logits: torch.Tensor
+
+
+def selected_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    first_slot: torch.Tensor,
+    core_list: torch.Tensor,
+    list_start: torch.Tensor,
+    num_core: torch.Tensor,
+    scale: float,
+    soft_cap: float = 0.0,
+    *,
+    output: torch.Tensor,
+    lse: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    max_query_len: int = 1,
+    num_splits: int = 1,
+    partial: tuple[torch.Tensor, torch.Tensor] | None = None,
+    refresh: Refresh | None = None,
+) -> None:
+    """Attend from each request's query rows to a list of slots and a tail of slots.
+
+    A slot is a logical position of a request. Its cache row is
+    `block_table[request, slot // block_size] * block_size + slot % block_size`.
+    A request reads its `num_core` listed slots, all in the past, and the slots from
+    `first_slot` to `seq_lens`, of which row i of n does not see the last n - 1 - i.
+    The launch depends on shapes and host integers alone: a CUDA graph may hold it.
+
+    Args:
+        query: [num_tokens, num_heads, head_size].
+        key_cache: [num_blocks, num_kv_heads, block_size, head_size], contiguous in
+            head_size alone; of query's dtype or float8_e4m3fn.
+        value_cache: as key_cache.
+        block_table: [num_reqs, max_blocks] int32.
+        seq_lens: [num_reqs] int32, the request's own query rows included.
+        query_start_loc: [num_reqs + 1] int32.
+        first_slot: [num_reqs] int32.
+        core_list: [1 or num_kv_heads, num_blocks * block_size] int32. Entry i of a
+            request lies at the cache row of its slot list_start + i.
+        list_start: [num_reqs] int32.
+        num_core: [num_reqs] int32; the listed slots lie outside the tail.
+        scale: softmax scale.
+        soft_cap: tanh cap on the logits, 0 for none.
+        output: as query; tokens of no request are left alone.
+        lse: [num_tokens, num_heads] fp32, receives the natural log-sum-exp.
+        k_scale: [1] fp32, what keys of an fp8 cache are multiplied by.
+        v_scale: as k_scale, for values.
+        max_query_len: no request has more query rows.
+        num_splits: programs that share the rows of one request and KV head.
+        partial: scratch for more than one split, allocated if not given: fp32
+            [num_tokens, num_heads, num_splits, head_size], and without head_size.
+        refresh: scores some of the requests from the same read.
+    """
+    assert all(x.stride(-1) == 1 for x in (query, key_cache, value_cache, output))
+    if lse is None:
+        lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+    if num_splits == 1:
+        partial = output.unsqueeze(2), lse.unsqueeze(2)
+    elif partial is None:
+        partial = _new_partial(query, num_splits)
+    requests = query_start_loc, seq_lens
+    ranking_stride = core_list.stride(0) if len(core_list) > 1 else 0
+    tables = block_table, core_list, block_table.stride(0), ranking_stride
+    reads = *tables, first_slot, list_start, num_core
+    caches = key_cache, value_cache, k_scale, v_scale
+    options = scale, soft_cap, max_query_len
+    _attend(partial, query, caches, requests, reads, refresh, options)
+    if num_splits > 1:
+        _combine(output, lse, partial, query_start_loc, max_query_len)
+    if refresh:
+        _normalise(refresh, lse, requests, reads, key_cache)
+
+
+def attention_constants(
+    head_size: int, cache_dtype: torch.dtype, group: int, max_query_len: int
+) -> dict[str, int]:
+    """Compile-time sizes and launch options of the attention kernel.
+
+    Args:
+        head_size: elements of a row.
+        cache_dtype: what a row is made of.
+        group: query heads that share a KV head.
+        max_query_len: as for `selected_attention`.
+    """
+    head_pad = triton.next_power_of_2(head_size)
+    wanted = triton.next_power_of_2(group * max_query_len)
+    # tl.dot takes 16 rows at least; a group is never torn apart.
+    block_m = max(16, min(wanted, MAX_BLOCK_M), triton.next_power_of_2(group))
+    block_q = min(block_m // group, max_query_len)
+    return {
+        "group": group,
+        "head_size": head_size,
+        "head_pad": head_pad,
+        "block_m": block_m,
+        "block_q": block_q,
+        "query_blocks": triton.cdiv(max_query_len, block_q),
+        **asdict(TILES[cache_dtype.itemsize, head_pad]),
+    }
+
+
+def _attend(partial, query, caches, requests, reads, refresh, options):
+    output, lse = partial
+    key_cache, value_cache, k_scale, v_scale = caches
+    scale, soft_cap, max_query_len = options
+    assert lse.is_contiguous()
+    _, num_kv_heads, block_size, head_size = key_cache.shape
+    group = query.shape[1] // num_kv_heads
+    constants = attention_constants(head_size, key_cache.dtype, group, max_query_len)
+    num_splits = lse.shape[2]
+    query_blocks = len(requests[1]) * constants["query_blocks"]
+    _attention_kernel[(query_blocks, num_kv_heads, num_splits)](
+        output,
+        lse,
+        refresh.logits if refresh else None,
+        query,
+        key_cache,
+        value_cache,
+        k_scale,
+        v_scale,
+        *requests,
+        reads,
+        refresh.scored if refresh else None,
+        scale,
+        output.stride()[:2],
+        query.stride()[:2],
+        key_cache.stride()[:3],
+        value_cache.stride()[:3],
+        refresh.logits.stride(0) if refresh else 0,
+        num_splits=num_splits,
+        soft_cap=soft_cap,
+        block_size=block_size,
+        **constants,
+    )
+
+
+def _combine(output, lse, partial, query_start_loc, max_query_len):
+    _, num_heads, num_splits, head_size = partial[0].shape
+    _combine_kernel[(len(query_start_loc) - 1, max_query_len, num_heads)](
+        output,
+        lse,
+        *partial,
+        query_start_loc,
+        output.stride()[:2],
+        partial[0].stride()[:2],
+        num_splits=num_splits,
+        splits_pad=triton.next_power_of_2(num_splits),
+        head_size=head_size,
+        head_pad=triton.next_power_of_2(head_size),
+    )
+
+
+def _normalise(refresh, lse, requests, reads, key_cache):
+    _, num_kv_heads, block_size, _ = key_cache.shape
+    group = lse.shape[1] // num_kv_heads
+    _normalise_kernel[(len(requests[1]), num_kv_heads, NORMALISE_PROGRAMS)](
+        refresh.scores,
+        refresh.logits,
+        lse,
+        *requests,
+        reads,
+        refresh.scored,
+        refresh.scores.stride(0),
+        refresh.logits.stride(0),
+        group=group,
+        group_pad=triton.next_power_of_2(group),
+        block_size=block_size,
+        block_n=NORMALISE_BLOCK_N,
+    )
+
+
+def _new_partial(query, num_splits):
+    num_tokens, num_heads, head_size = query.shape
+    shape = num_tokens, num_heads, num_splits
+    output = query.new_empty(*shape, head_size, dtype=torch.float32)
+    return output, query.new_empty(shape, dtype=torch.float32)
+
+
+@triton.jit
+def _attention_kernel(
+    output_ptr,  # [num_tokens, num_heads, num_splits, head_size]
+    lse_ptr,  # [num_tokens, num_heads, num_splits] fp32
+    logits_ptr,  # [num_heads, num_blocks * block_size] fp32, base 2, or None
+    query_ptr,  # [num_tokens, num_heads, head_size]
+    key_cache_ptr,  # [num_blocks, num_kv_heads, block_size, head_size]
+    value_cache_ptr,  # as key_cache
+    k_scale_ptr,  # [1] fp32 or None
+    v_scale_ptr,  # [1] fp32 or None
+    query_start_loc_ptr,  # [num_reqs + 1]
+    seq_lens_ptr,  # [num_reqs]
+    reads,  # pointers and strides, see _request_reads
+    scored_ptr,  # [num_reqs] or None
+    scale,
+    output_strides,  # token, head
+    query_strides,  # token, head
+    key_strides,  # block, head, slot
+    value_strides,  # block, head, slot
+    logits_stride,
+    num_splits: tl.constexpr,
+    soft_cap: tl.constexpr,
+    block_size: tl.constexpr,
+    group: tl.constexpr,
+    head_size: tl.constexpr,
+    head_pad: tl.constexpr,
+    block_m: tl.constexpr,
+    block_q: tl.constexpr,
+    query_blocks: tl.constexpr,
+    block_n: tl.constexpr,
+):
+    # One request's block of query rows, one KV head, one share of the tiles it reads.
+    request = tl.program_id(0).to(tl.int64) // query_blocks
+    kv_head = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    first_token = tl.load(query_start_loc_ptr + request)
+    query_len = tl.load(query_start_loc_ptr + request + 1) - first_token
+    first_row = tl.program_id(0) % query_blocks * block_q
+    if first_row >= query_len:
+        return
+
+    packed = tl.arange(0, block_m)
+    row = first_row + packed // group
+    is_row = (packed < block_q * group) & (row < query_len)
+    head = kv_head * group + packed % group
+    token = (first_token + row).to(tl.int64)
+    num_seen = tl.load(seq_lens_ptr + request) - query_len + 1 + row
+    tail_end = tl.max(tl.where(is_row, num_seen, 0), 0)
+    reads = _request_reads(reads, request, kv_head, tail_end)
+    num_tiles = _num_tiles(reads, block_n)
+    share = tl.cdiv(num_tiles, num_splits)
+    begin = split * share
+    stop = tl.minimum(begin + share, num_tiles)
+    lse_ptr += (token * group * tl.num_programs(1) + head) * num_splits + split
+    if num_splits > 1 and begin >= stop:
+        tl.store(lse_ptr, -float("inf"), mask=is_row)
+        return
+
+    dims = tl.arange(0, head_pad)
+    is_element = is_row[:, None] & (dims < head_size)[None, :]
+    query_rows = token * query_strides[0] + head * query_strides[1]
+    query_ptrs = query_ptr + query_rows[:, None] + dims[None, :]
+    query = tl.load(query_ptrs, mask=is_element, other=0.0)
+    key_cache_ptr += kv_head * key_strides[1]
+    value_cache_ptr += kv_head * value_strides[1]
+    scale *= LOG2_E
+    if k_scale_ptr is not None:
+        scale *= tl.load(k_scale_ptr)
+    if scored_ptr is not None:
+        is_scored = tl.load(scored_ptr + request) != 0
+        is_last = (is_row & (row == query_len - 1))[:, None]
+        logits_ptr += (head * logits_stride)[:, None]
+
+    # Finite, so that a row that sees nothing of its first tiles stays free of NaN.
+    peak = tl.full([block_m], -1e30, tl.float32)
+    total = tl.zeros([block_m], tl.float32)
+    mean = tl.zeros([block_m, head_pad], tl.float32)
+    # Rows are looked up one tile ahead: the compiler overlaps loads whose addresses
+    # it has, not loads that wait for an index.
+    cache_row, slot, is_read = _rows_of_tile(begin, reads, block_size, block_n)
+    for tile in tl.range(begin, stop):
+        ahead = _rows_of_tile(tile + 1, reads, block_size, block_n)
+        block = (cache_row // block_size).to(tl.int64)[:, None]
+        in_block = (cache_row % block_size)[:, None]
+        mask = is_read[:, None] & (dims < head_size)[None, :]
+        key_rows = block * key_strides[0] + in_block * key_strides[2]
+        keys = tl.load(key_cache_ptr + key_rows + dims[None, :], mask=mask, other=0.0)
+        value_rows = block * value_strides[0] + in_block * value_strides[2]
+        value_ptrs = value_cache_ptr + value_rows + dims[None, :]
+        values = tl.load(value_ptrs, mask=mask, other=0.0)
+        keys = tl.trans(keys.to(query.dtype))
+        logits = tl.dot(query, keys, input_precision="ieee") * scale
+        if soft_cap > 0:
+            logits = _soft_cap(logits, soft_cap * LOG2_E)
+        if scored_ptr is not None and is_scored:
+            stored = is_last & is_read[None, :]
+            tl.store(logits_ptr + cache_row[None, :], logits, mask=stored)
+        is_seen = is_read[None, :] & (slot[None, :] < num_seen[:, None])
+        logits = tl.where(is_seen, logits, -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(logits, 1))
+        shrink = tl.exp2(peak - new_peak)
+        weights = tl.exp2(logits - new_peak[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        mean *= shrink[:, None]
+        weights, values = weights.to(query.dtype), values.to(query.dtype)
+        mean = tl.dot(weights, values, mean, input_precision="ieee")
+        peak = new_peak
+        cache_row, slot, is_read = ahead
+
+    mean /= tl.where(total > 0, total, 1.0)[:, None]
+    if v_scale_ptr is not None:
+        mean *= tl.load(v_scale_ptr)
+    output_rows = token * output_strides[0] + head * output_strides[1]
+    output_ptrs = output_ptr + output_rows[:, None] + split * head_size + dims[None, :]
+    tl.store(output_ptrs, mean.to(output_ptr.dtype.element_ty), mask=is_element)
+    tl.store(lse_ptr, (peak + tl.log2(total)) / LOG2_E, mask=is_row)
+
+
+@triton.jit
+def _combine_kernel(
+    output_ptr,  # [num_tokens, num_heads, head_size]
+    lse_ptr,  # [num_tokens, num_heads] fp32
+    split_output_ptr,  # [num_tokens, num_heads, num_splits, head_size] fp32
+    split_lse_ptr,  # [num_tokens, num_heads, num_splits] fp32
+    query_start_loc_ptr,  # [num_reqs + 1]
+    output_strides,  # token, head
+    split_strides,  # token, head
+    num_splits: tl.constexpr,
+    splits_pad: tl.constexpr,
+    head_size: tl.constexpr,
+    head_pad: tl.constexpr,
+):
+    # One head of one query row of one request.
+    request = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(2).to(tl.int64)
+    token = tl.load(query_start_loc_ptr + request).to(tl.int64) + tl.program_id(1)
+    if token >= tl.load(query_start_loc_ptr + request + 1):
+        return
+
+    split = tl.arange(0, splits_pad)
+    dims = tl.arange(0, head_pad)
+    lse_row = token * tl.num_programs(2) + head
+    lse_ptrs = split_lse_ptr + lse_row * num_splits + split
+    split_lse = tl.load(lse_ptrs, mask=split < num_splits, other=-float("inf"))
+    peak = tl.maximum(tl.max(split_lse, 0), -1e30)
+    weights = tl.exp(split_lse - peak)
+    total = tl.sum(weights, 0)
+    # An idle split has written no output.
+    mask = (weights > 0)[:, None] & (dims < head_size)[None, :]
+    split_output_ptr += token * split_strides[0] + head * split_strides[1]
+    row_ptrs = split_output_ptr + split[:, None] * head_size + dims[None, :]
+    rows = tl.load(row_ptrs, mask=mask, other=0.0)
+    mean = tl.sum(rows * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
+    output_ptr += token * output_strides[0] + head * output_strides[1]
+    mean = mean.to(output_ptr.dtype.element_ty)
+    tl.store(output_ptr + dims, mean, mask=dims < head_size)
+    tl.store(lse_ptr + lse_row, peak + tl.log(total))
+
+
+@triton.jit
+def _normalise_kernel(
+    scores_ptr,  # [num_kv_heads, num_blocks * block_size] fp32
+    logits_ptr,  # [num_heads, num_blocks * block_size] fp32, base 2
+    lse_ptr,  # [num_tokens, num_heads] fp32
+    query_start_loc_ptr,  # [num_reqs + 1]
+    seq_lens_ptr,  # [num_reqs]
+    reads,  # pointers and strides, see _request_reads
+    scored_ptr,  # [num_reqs]
+    scores_stride,
+    logits_stride,
+    group: tl.constexpr,
+    group_pad: tl.constexpr,
+    block_size: tl.constexpr,
+    block_n: tl.constexpr,
+):
+    # One scored request and KV head, every so many-th tile of what it read.
+    request = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1).to(tl.int64)
+    next_token = tl.load(query_start_loc_ptr + request + 1).to(tl.int64)
+    is_empty = next_token == tl.load(query_start_loc_ptr + request)
+    if is_empty | (tl.load(scored_ptr + request) == 0):
+        return
+
+    member = tl.arange(0, group_pad)
+    head = kv_head * group + member
+    num_heads = group * tl.num_programs(1)
+    lse_ptrs = lse_ptr + (next_token - 1) * num_heads + head
+    lse = tl.load(lse_ptrs, mask=member < group, other=0.0) * LOG2_E
+    tail_end = tl.load(seq_lens_ptr + request)
+    reads = _request_reads(reads, request, kv_head, tail_end)
+    logits_ptr += (head * logits_stride)[:, None]
+    scores_ptr += kv_head * scores_stride
+    num_tiles = _num_tiles(reads, block_n)
+    for tile in tl.range(tl.program_id(2), num_tiles, tl.num_programs(2)):
+        cache_row, _, is_read = _rows_of_tile(tile, reads, block_size, block_n)
+        mask = (member < group)[:, None] & is_read[None, :]
+        logit_ptrs = logits_ptr + cache_row[None, :]
+        logits = tl.load(logit_ptrs, mask=mask, other=-float("inf"))
+        scores = tl.sum(tl.exp2(logits - lse[:, None]), 0)
+        tl.store(scores_ptr + cache_row, scores, mask=is_read)
+
+
+@triton.jit
+def _request_reads(reads, request, kv_head, tail_end):
+    """What one request reads for one KV head."""
+    (
+        block_table_ptr,  # [num_reqs, max_blocks]
+        core_list_ptr,  # [1 or num_kv_heads, num_blocks * block_size]
+        table_stride,
+        ranking_stride,
+        first_slot_ptr,  # [num_reqs]
+        list_start_ptr,  # [num_reqs]
+        num_core_ptr,  # [num_reqs]
+    ) = reads
+    return (
+        tl.load(num_core_ptr + request),
+        tl.load(list_start_ptr + request),
+        tl.load(first_slot_ptr + request),
+        tail_end,
+        block_table_ptr + request * table_stride,
+        core_list_ptr + kv_head * ranking_stride,
+    )
+
+
+@triton.jit
+def _num_tiles(reads, block_n: tl.constexpr):
+    num_core, _, first_slot, tail_end, _, _ = reads
+    num_tail = tl.maximum(tail_end - first_slot, 0)
+    return tl.cdiv(num_core, block_n) + tl.cdiv(num_tail, block_n)
+
+
+@triton.jit
+def _rows_of_tile(tile, reads, block_size: tl.constexpr, block_n: tl.constexpr):
+    """Cache rows, slots (-1 in core: every query row sees it), which are read."""
+    num_core, list_start, first_slot, tail_end, block_table_ptr, core_list_ptr = reads
+    core_tiles = tl.cdiv(num_core, block_n)
+    in_core = tile < core_tiles
+    entry = tile * block_n + tl.arange(0, block_n)
+    slot = entry + tl.where(in_core, list_start, first_slot - core_tiles * block_n)
+    is_entry = entry < num_core
+    is_read = tl.where(in_core, entry - num_core, slot - tail_end) < 0
+    cache_row = _cache_row(slot, is_read, block_table_ptr, block_size)
+    # A list is paged like the cache: this row holds an entry, not yet what is read.
+    core_slot = tl.load(core_list_ptr + cache_row, mask=is_entry, other=0)
+    core_row = _cache_row(core_slot, is_entry, block_table_ptr, block_size)
+    cache_row = tl.where(in_core, core_row, cache_row)
+    return cache_row, tl.where(in_core, -1, slot), is_read
+
+
+@triton.jit
+def _cache_row(slot, mask, block_table_ptr, block_size: tl.constexpr):
+    block = tl.load(block_table_ptr + slot // block_size, mask=mask, other=0)
+    return block * block_size + slot % block_size
+
+
+@triton.jit
+def _soft_cap(logits, cap: tl.constexpr):
+    """Cap times tanh(logits / cap); where exp2 overflows, that is the limit."""
+    return cap - 2 * cap / (tl.exp2(logits * (2 * LOG2_E / cap)) + 1)

@@ -1,0 +1,152 @@
+"""What the compiler makes of the kernels: no spills, wide accesses, the barrier."""
+
+from functools import partial
+
+import pytest
+import torch
+from vllm_avl.kernels.gpu.compact_blocks import compact_blocks
+from vllm_avl.kernels.gpu.exchange_rows import exchange_rows
+from vllm_avl.kernels.gpu.select_rows_matmul import (
+    select_columns_matmul,
+    select_rows_matmul,
+)
+from vllm_avl.kernels.gpu.vision_scores import vision_scores
+
+from vllm_avl.testing.compiled import compile_launches
+
+# Shared memory that a program may have on the smallest GPUs of these generations.
+SHARED = 99 * 1024
+ARCHES = [80, 90, 100]
+
+
+def empty(*shape, dtype=torch.int32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def caches(num_kv_heads, head_size, dtype):
+    cache = empty(9, 16, num_kv_heads, 2 * head_size, dtype=dtype).transpose(1, 2)
+    return cache[..., :head_size], cache[..., head_size:]
+
+
+def score(num_rows, head_size, dtype, key_dtype=None, soft_cap=0.0):
+    keys, _ = caches(4, head_size, key_dtype or dtype)
+    k_scale = key_dtype and empty(1, dtype=torch.float32)
+    query = empty(num_rows, 28, head_size, dtype=dtype)
+    vision_scores(query, keys, empty(84), 1333, 0.1, soft_cap, k_scale)
+
+
+def compact(num_moves, head_size, dtype, heads=None):
+    moves = empty(num_moves), empty(num_moves), heads and empty(num_moves)
+    compact_blocks(*caches(4, head_size, dtype), empty(84), *moves)
+
+
+def exchange(head_size, dtype, heads=None):
+    pairs = empty(77), empty(77), heads and empty(77)
+    exchange_rows(*caches(4, head_size, dtype), empty(84), *pairs)
+
+
+def select(head_size, dtype):
+    rows = empty(2, 4, 500, head_size, dtype=dtype)
+    select_columns_matmul(rows[:, :, :1], rows, empty(2, 96))
+    select_rows_matmul(empty(2, 4, 1, 96, dtype=dtype), rows, empty(2, 96))
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+FP8 = torch.float8_e4m3fn
+SCORES = [
+    partial(score, 1, 128, BF16),
+    partial(score, 32, 128, FP16, soft_cap=30.0),
+    partial(score, 32, 80, BF16),
+    partial(score, 32, 256, FP32, soft_cap=30.0),
+    partial(score, 1, 128, BF16, FP8),
+]
+MOVES = [
+    partial(compact, 100, 128, BF16),
+    partial(compact, 2000, 80, FP8),
+    partial(compact, 9000, 128, BF16),
+    partial(compact, 9000, 128, FP32, heads=True),
+    partial(exchange, 64, FP8),
+    partial(exchange, 80, BF16, heads=True),
+    partial(exchange, 256, FP32),
+]
+SELECTIONS = [partial(select, 128, FP16), partial(select, 80, FP32)]
+
+
+@pytest.fixture(scope="module")
+def machines():
+    """By launch and architecture, all that the launch compiles."""
+    launches = [
+        (launch, arch)
+        for launch in SCORES + MOVES + SELECTIONS
+        for arch in ARCHES
+        # sm_80 has no fp8.
+        if arch >= 89 or not (launch.func is score and FP8 in launch.args)
+    ]
+    compiled = compile_launches(launches)
+    return dict(zip(launches, compiled, strict=True))
+
+
+def test_registers_suffice(machines):
+    for built in machines.values():
+        for machine in built:
+            assert not machine.stack, machine.kernel
+            assert not [i for i in machine.instructions if i.startswith(("LDL", "STL"))]
+
+
+def test_shared_memory_suffices(machines):
+    for (launch, _), built in machines.items():
+        # Head size 256 is for data-centre GPUs.
+        if 256 not in launch.args:
+            assert all(machine.shared <= SHARED for machine in built)
+
+
+def test_keys_are_read_16_bytes_at_a_time(machines):
+    for (launch, _), built in machines.items():
+        if launch.func is score:
+            for machine in built:
+                assert machine.loads[16] >= 2
+                # What is narrow is no cache: block ids, positions, maxima and sums.
+                assert set(machine.loads) <= {4, 16}
+
+
+def test_scores_are_written_in_wide_pieces(machines):
+    for (launch, _), built in machines.items():
+        if launch.func is score:
+            assert set(built[1].stores) <= {8, 16}
+
+
+def test_rows_are_moved_16_bytes_at_a_time(machines):
+    for (launch, _), built in machines.items():
+        if launch in MOVES:
+            assert set(built[0].stores) == {16}
+            # Block ids, positions and heads are narrow.
+            assert built[0].loads[16] >= built[0].stores[16]
+            assert set(built[0].loads) == {4, 16}
+
+
+def test_selected_rows_are_read_16_bytes_at_a_time(machines):
+    for (launch, _), built in machines.items():
+        if launch in SELECTIONS:
+            for machine in built:
+                assert machine.loads[16] >= 2
+
+
+def test_rows_are_all_read_before_the_first_is_written(machines):
+    for (launch, _), built in machines.items():
+        if launch.func is compact:
+            order = "".join(map(kind_of, built[0].instructions))
+            for part in filter(None, order.split("S")):
+                assert "L" not in part or "B" in part.rpartition("L")[2], order
+            # The compiler's own barriers happen to be there too: ask for ours.
+            for part in built[0].ttgir.split("tt.store")[:-1]:
+                assert "barrier" in part.rpartition("tt.load")[2]
+
+
+def kind_of(instruction):
+    if "BAR.SYNC" in instruction:
+        return "B"
+    if ".128" in instruction and "LDG" in instruction:
+        return "L"
+    if ".128" in instruction and "STG" in instruction:
+        return "S"
+    return ""

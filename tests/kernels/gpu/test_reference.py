@@ -1,0 +1,21 @@
+"""Every operation and its oracle take the same arguments."""
+
+import inspect
+from importlib import import_module
+
+import pytest
+from vllm_avl.kernels.gpu import reference
+
+MODULES = {
+    "vision_scores": "vision_scores",
+    "exchange_rows": "exchange_rows",
+    "compact_blocks": "compact_blocks",
+    "select_columns_matmul": "select_rows_matmul",
+    "select_rows_matmul": "select_rows_matmul",
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_reference_has_the_same_signature(name):
+    ours = getattr(import_module(f"vllm_avl.kernels.gpu.{MODULES[name]}"), name)
+    assert inspect.signature(ours) == inspect.signature(getattr(reference, name))

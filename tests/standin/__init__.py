@@ -1,0 +1,1 @@
+"""vLLM's CUDA code path on CPU tensors: see `hopper`."""

@@ -1,0 +1,54 @@
+"""A LLaVA small enough for interpreted kernels: 64 vision tokens for each picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import transformers
+
+from vllm_avl.testing.models import ModelSize, architectures
+from vllm_avl.testing.models.tokens import make_tokenizer
+from vllm_avl.testing.models.weights import restore_clip_names, save
+
+IMAGE_SIZE = 112
+NUM_VISION_TOKENS = (IMAGE_SIZE // architectures.PATCH_SIZE) ** 2
+SIZE = ModelSize(
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=32,
+    intermediate_size=128,
+    max_position_embeddings=1024,
+    vision_hidden_size=32,
+    vision_num_layers=2,
+    vision_num_heads=2,
+    vision_intermediate_size=64,
+)
+
+
+def build(out_dir: Path, seed: int = 0) -> Path:
+    """Write the checkpoint to `out_dir` and return it."""
+    tokenizer = make_tokenizer("llava", ["<image>"])
+    text = architectures._text_settings(SIZE, tokenizer)
+    config = transformers.LlavaConfig(
+        vision_config=architectures._clip_config(SIZE, IMAGE_SIZE),
+        text_config=transformers.LlamaConfig(**text),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=NUM_VISION_TOKENS,
+    )
+    processor = transformers.LlavaProcessor(
+        image_processor=transformers.CLIPImageProcessor(
+            size={"shortest_edge": IMAGE_SIZE},
+            crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        ),
+        tokenizer=tokenizer,
+        patch_size=architectures.PATCH_SIZE,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template,
+    )
+    model = transformers.LlavaForConditionalGeneration(config)
+    save(out_dir, model, processor, seed)
+    restore_clip_names(out_dir)
+    return out_dir

@@ -1,0 +1,177 @@
+"""Answer requests in this process, on the stand-in or on vLLM's CPU build.
+
+    python -m standin.generate MODEL SPEC.json --backend TRITON_ATTN --runner v2
+
+run in the folder tests, or with it on PYTHONPATH. SPEC.json (- for standard input) is
+
+    {"requests": [{"images": [1], "text": "What?", "max_tokens": 4, "xargs": {}}],
+     "llm": {"max_num_seqs": 2}}
+
+with every field optional: pictures are given by their seeds, "xargs" are the request's
+vllm_xargs and "llm" are arguments of `LLM`. The last line of the output is JSON: token
+ids of each request, log-probabilities with --logprobs, and what the stand-in counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+LLM_DEFAULTS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 512,
+    "kv_cache_memory_bytes": 2 << 20,
+    "block_size": 32,
+    "limit_mm_per_prompt": {"image": 2},
+    "skip_mm_profiling": True,
+    "enable_prefix_caching": False,
+    "disable_log_stats": True,
+    "seed": 0,
+}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m standin.generate")
+    parser.add_argument("model")
+    parser.add_argument("spec", help="file of JSON, - for standard input")
+    parser.add_argument("--backend", default="TRITON_ATTN")
+    parser.add_argument("--runner", choices=("v1", "v2"), default="v2")
+    parser.add_argument("--cpu", action="store_true", help="vLLM's CPU build as it is")
+    parser.add_argument("--logprobs", action="store_true")
+    parser.add_argument(
+        "--alone", action="store_true", help="answer each request again, on its own"
+    )
+    return parser.parse_args(argv)
+
+
+def set_up(args: argparse.Namespace) -> None:
+    """Prepare the process, before vLLM is imported."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if args.cpu:
+        os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
+        return
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(args.runner == "v2"))
+    from standin import hopper  # noqa: F401
+
+
+def start(args: argparse.Namespace, options: dict[str, Any]) -> Any:
+    """Return the `LLM`."""
+    from vllm import LLM
+
+    settings = LLM_DEFAULTS | {"attention_backend": args.backend} | options
+    if not args.cpu:
+        # The picture's attention would take FlashAttention.
+        settings.setdefault("mm_encoder_attn_backend", "TORCH_SDPA")
+    return LLM(args.model, **settings)
+
+
+def answer(llm: Any, requests: list[dict[str, Any]], logprobs: bool) -> list[Any]:
+    """Answer all requests in one batch."""
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(
+            max_tokens=request.get("max_tokens", 4),
+            temperature=0.0,
+            ignore_eos=True,
+            logprobs=0 if logprobs else None,
+            extra_args=request.get("xargs"),
+        )
+        for request in requests
+    ]
+    outputs = llm.generate(list(map(prompt, requests)), params, use_tqdm=False)
+    return [output.outputs[0] for output in outputs]
+
+
+def prompt(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the engine's input."""
+    from vllm_avl.testing import models
+
+    pictures = [
+        models.random_image(seed, width=112, height=112)
+        for seed in request.get("images", [])
+    ]
+    text = models.image_prompt("llava", len(pictures), request.get("text", "What?"))
+    return {"prompt": text} | (
+        {"multi_modal_data": {"image": pictures}} if pictures else {}
+    )
+
+
+def describe(llm: Any) -> dict[str, str]:
+    """Say which code has run."""
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    runner = worker.model_runner
+    [[group, *_], *_] = runner.attn_groups
+    return {
+        "worker": qualified_name(type(worker)),
+        "runner": qualified_name(type(runner)),
+        "backend": qualified_name(group.backend),
+    }
+
+
+def qualified_name(cls: type) -> str:
+    """Return module and name of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def result(llm: Any, answers: list[Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Collect what is printed."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    report = {
+        "tokens": [list(one.token_ids) for one in answers],
+        "ran": describe(llm),
+        "plugin_loaded": "AVL" in AttentionBackendEnum.__members__,
+    }
+    if args.logprobs:
+        report["logprobs"] = [
+            [next(iter(step.values())).logprob for step in one.logprobs]
+            for one in answers
+        ]
+    if not args.cpu:
+        from standin import graphs, kernels
+
+        report |= {"graphs": dict(graphs.counts), "kernels": kernels.report()}
+    return report
+
+
+def check_blocks(llm: Any) -> None:
+    """Assert that every block has come back."""
+    from vllm_avl.testing.engine import check_integrity
+
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    check_integrity(scheduler)
+    pool = scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Answer what the specification asks."""
+    args = parse(argv)
+    set_up(args)
+    text = sys.stdin.read() if args.spec == "-" else Path(args.spec).read_text()
+    spec = json.loads(text)
+    llm = start(args, spec.get("llm", {}))
+    answers = answer(llm, spec["requests"], args.logprobs)
+    report = result(llm, answers, args)
+    if args.alone:
+        report["alone"] = [
+            list(answer(llm, [request], False)[0].token_ids)
+            for request in spec["requests"]
+        ]
+    check_blocks(llm)
+    print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main()

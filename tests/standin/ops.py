@@ -1,0 +1,36 @@
+"""The compiled operators: those of vLLM's CPU build, under the CUDA build's names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+QUESTIONS = (
+    "cutlass_scaled_mm_supports_fp8",
+    "cutlass_scaled_mm_supports_block_fp8",
+    "cutlass_scaled_mm_supports_fp4",
+    "cutlass_group_gemm_supported",
+)
+
+_LIBRARY = torch.library.Library("_C", "FRAGMENT")
+
+
+def install() -> None:
+    """Load the CPU extension and define what only the CUDA one has."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    # rms_norm, rotary_embedding, silu_and_mul, ... have the same names and schemas.
+    CpuPlatform.import_kernels()
+    # CUDA graphs keep their outputs by this; here an alias will do.
+    define("weak_ref_tensor(Tensor(a) tensor) -> Tensor(a)", lambda t: t.view_as(t))
+    # vLLM asks for quantised kernels at import: there are none.
+    for name in QUESTIONS:
+        define(f"{name}(int capability) -> bool", lambda capability: False)
+
+
+def define(schema: str, body: Callable[..., Any]) -> None:
+    """Define the operator `_C::schema`."""
+    name = _LIBRARY.define(schema)
+    _LIBRARY.impl(name, body, "CompositeExplicitAutograd")

@@ -1,0 +1,227 @@
+"""The attention back end `avl` on CUDA: vLLM's Triton attention over what is stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionType,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadata,
+    TritonAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_avl.backend.layer import Layer
+from vllm_avl.backend.ranks import RANKS
+from vllm_avl.backend.request import Task
+from vllm_avl.backend.step import current_step
+from vllm_avl.backend.triton_cache import TritonCache
+from vllm_avl.backend.view import shift
+from vllm_avl.cache.spec import AVLSpec, adapt
+from vllm_avl.support import check_layer, check_layer_names, check_spec
+
+
+@dataclass
+class AVLTritonMetadata(TritonAttentionMetadata):
+    """Metadata over what is read, and who has work after this step's attention."""
+
+    tasks: list[Task] = field(default_factory=list)
+
+
+class AVLTritonMetadataBuilder(TritonAttentionMetadataBuilder):
+    """Builds the metadata of a step over what each request has stored.
+
+    A full CUDA graph reads the tables it was captured with, so those of decode steps
+    lie in buffers of ours that every such step fills, adaptive or not.
+    """
+
+    # A mixed batch may end a prompt, which is work for Python.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        check_spec(kv_cache_spec, AVLSpec)
+        check_layer_names(layer_names, extract_layer_index)
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+        self._table: torch.Tensor | None = None
+        self._seq_lens = torch.zeros(
+            self._max_num_seqs, dtype=torch.int32, device=device
+        )
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> TritonAttentionMetadata:
+        """Build the metadata; tables of decode steps go where graphs read them."""
+        common = common_attn_metadata
+        step = current_step()
+        view = None
+        if step is not None and step.turns:
+            view = step.view(common, self.block_size, fuses_scores=False)
+        in_graph = self.decode_cudagraph_enabled and common.max_query_len == 1
+        if view is None and not in_graph:
+            return super().build(common_prefix_len, common, fast_build)
+        first_blocks = [] if view is None else view.first_blocks
+        shifted = self._shift(common, first_blocks, keep=in_graph)
+        metadata = super().build(common_prefix_len, shifted, fast_build)
+        tasks = [] if view is None else view.tasks
+        return AVLTritonMetadata(**vars(metadata), tasks=tasks)
+
+    def _shift(
+        self, common: CommonAttentionMetadata, first_blocks: list[int], keep: bool
+    ) -> CommonAttentionMetadata:
+        """Return `common` with every row starting at its first block.
+
+        Args:
+            common: of the step; its tensors are the runner's, and are not written.
+            first_blocks: for each row; rows behind these start at 0.
+            keep: put the result into the buffers that graphs read.
+        """
+        num_reqs = common.num_reqs
+        table = common.block_table_tensor[:num_reqs]
+        padded = first_blocks + [0] * (num_reqs - len(first_blocks))
+        first = torch.tensor(padded, dtype=torch.int32)
+        lens = common.seq_lens_cpu_upper_bound
+        assert lens is not None
+        lens = lens[:num_reqs] - first * self.block_size
+        out = self._buffers(table) if keep else None
+        new_table, seq_lens = shift(
+            first.to(self.device, non_blocking=True),
+            table,
+            common.seq_lens[:num_reqs],
+            self.block_size,
+            out,
+        )
+        return common.replace(
+            block_table_tensor=new_table,
+            seq_lens=seq_lens,
+            seq_lens_cpu_upper_bound=lens,
+            # Captured graphs are for any length.
+            max_seq_len=max(int(lens.max()), 1) if not keep else common.max_seq_len,
+        )
+
+    def _buffers(self, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        num_reqs, width = table.shape
+        if self._table is None:
+            self._table = table.new_zeros(self._max_num_seqs, width)
+        assert self._table.shape[1] == width
+        return self._table[:num_reqs], self._seq_lens[:num_reqs]
+
+
+class AVLTritonImpl(TritonAttentionImpl):
+    """vLLM's Triton attention, then selection and eviction where they are due."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_layer(
+            alibi=self.alibi_slopes is not None,
+            sinks=self.sinks is not None,
+            sliding_window=self.sliding_window != (-1, -1),
+            kv_sharing=self.kv_sharing_target_layer_name is not None,
+        )
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: TritonAttentionMetadata,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend as stock does over the metadata's blocks, then perform the tasks."""
+        output = super().forward(
+            layer,
+            query,
+            key,
+            value,
+            kv_cache,
+            attn_metadata,
+            output,
+            output_scale,
+            output_block_scale,
+        )
+        if isinstance(attn_metadata, AVLTritonMetadata) and attn_metadata.tasks:
+            ours = self._view(layer, kv_cache)
+            for task in attn_metadata.tasks:
+                ours.perform(task, query, output)
+        return output
+
+    def _view(self, layer: torch.nn.Module, kv_cache: torch.Tensor) -> Layer:
+        index = extract_layer_index(layer.layer_name)
+        cache = TritonCache(kv_cache, self.head_size, self.scale, self.logits_soft_cap)
+        return Layer(index, cache, RANKS)
+
+
+class AVLTritonBackend(TritonAttentionBackend):
+    """TRITON_ATTN that stores and reads what matters."""
+
+    supported_kv_cache_dtypes: ClassVar[list] = ["auto", "float16", "bfloat16"]
+
+    @staticmethod
+    def get_name() -> str:
+        """Return the name vLLM registered us under."""
+        return "AVL"
+
+    @staticmethod
+    def get_impl_cls() -> type[AVLTritonImpl]:
+        """Return the layers' implementation."""
+        return AVLTritonImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[AVLTritonMetadataBuilder]:
+        """Return the metadata builder."""
+        return AVLTritonMetadataBuilder
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Mark plain full attention as ours to manage."""
+        return adapt(super().customize_spec(spec))
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        """Return True for decoders: nothing else has a cache that we can move."""
+        return attn_type == AttentionType.DECODER
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        """Return False: rows that attend to what follows them cannot be evicted."""
+        return False
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        """Return False: a sink is no cached row."""
+        return False
+
+    @classmethod
+    def supports_rswa(cls) -> bool:
+        """Return False: its window counts positions that we move."""
+        return False
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        """Return False: its window counts positions that we move."""
+        return False

@@ -1,0 +1,59 @@
+"""One layer's cache as vLLM's CUDA back ends lay it out, and the operations on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from vllm_avl.backend.rows import Moves
+from vllm_avl.kernels.gpu.compact_blocks import compact_blocks
+from vllm_avl.kernels.gpu.exchange_rows import exchange_rows
+from vllm_avl.kernels.gpu.vision_scores import vision_scores
+
+
+@dataclass(frozen=True)
+class TritonCache:
+    """A layer's cache on this rank."""
+
+    kv_cache: torch.Tensor
+    """[num_blocks, num_kv_heads, block_size, 2 · head_size], keys then values, strides
+    as vLLM chose them."""
+    head_size: int
+    scale: float
+    soft_cap: float
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads of this rank."""
+        return self.kv_cache.shape[1]
+
+    @property
+    def block_size(self) -> int:
+        """Rows a block holds."""
+        return self.kv_cache.shape[2]
+
+    @cached_property
+    def keys(self) -> torch.Tensor:
+        """[num_blocks, num_kv_heads, block_size, head_size] view."""
+        return self.kv_cache[..., : self.head_size]
+
+    @cached_property
+    def values(self) -> torch.Tensor:
+        """[num_blocks, num_kv_heads, block_size, head_size] view."""
+        return self.kv_cache[..., self.head_size :]
+
+    def scores(
+        self, query: torch.Tensor, blocks: torch.Tensor, num_tokens: int
+    ) -> torch.Tensor:
+        """As `kernels.attention_scores`."""
+        return vision_scores(
+            query, self.keys, blocks, num_tokens, self.scale, self.soft_cap
+        )
+
+    def move(self, blocks: torch.Tensor, moves: Moves) -> None:
+        """Move rows of a request whose block ids are `blocks`."""
+        pairs = blocks, moves.source, moves.target, moves.heads
+        move = exchange_rows if moves.exchange else compact_blocks
+        move(self.keys, self.values, *pairs)

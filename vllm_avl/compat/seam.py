@@ -1,0 +1,45 @@
+"""What a place in vLLM without an extension point is recorded as.
+
+Every patch and every overridden private method is such a record: what it targets, the
+parameters it was written for, why it exists, and what would make it go.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A function of vLLM that a subclass of ours overrides or calls."""
+
+    owner: type
+    name: str
+    parameters: tuple[str, ...]
+    why: str
+
+    def mismatch(self) -> str | None:
+        """Say how the installed vLLM differs, None where it fits."""
+        target = f"{self.owner.__name__}.{self.name}"
+        function = getattr(self.owner, self.name, None)
+        if function is None:
+            return f"{target} is gone"
+        found = tuple(inspect.signature(inspect.unwrap(function)).parameters)
+        if found != self.parameters:
+            return f"{target} takes {found}, not {self.parameters}"
+        return None
+
+
+@dataclass(frozen=True)
+class Patch(Seam):
+    """A function of vLLM that we wrap in place."""
+
+    wrap: Callable[[Callable[..., Any]], Any]
+    until: str
+
+    def apply(self) -> None:
+        """Wrap the function, whether it is a class method or a plain one."""
+        setattr(self.owner, self.name, self.wrap(getattr(self.owner, self.name)))
