@@ -91,6 +91,11 @@ class AVLConfig(BaseModel):
     refresh_all_ranks: Switch = Field(
         False, description="tensor parallel: select core by the scores of all ranks"
     )
+    executor: Literal["pack", "gather"] = Field(
+        "pack",
+        description="how core is read: from blocks of its own, or through an index "
+        "list inside the attention kernel (CUDA)",
+    )
     introspection: int = Field(
         0,
         ge=0,
@@ -225,6 +230,7 @@ ALLOWED = {
     "text_min_tokens": COUNT,
     "text_decay": RATIO,
     "head_reduction": "mean or max",
+    "executor": "pack or gather",
     "observation_window": "an integer from 1 to 256, or null",
     "refresh_all_ranks": "true or false",
     "introspection": "an integer from 0 to 256",

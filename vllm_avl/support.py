@@ -87,6 +87,15 @@ def refuse_platform(name: str) -> NoReturn:
     )
 
 
+def check_executor(executor: str, *, can_gather: bool) -> None:
+    """Refuse a way to read core that the device's back end does not have."""
+    if executor == "gather" and not can_gather:
+        raise UnsupportedError(
+            f"{BACKEND} has additional_config.avl.executor = 'gather' on CUDA only; "
+            f"leave it out, {WAY_OUT}"
+        )
+
+
 def check_config(vllm_config: Any, avl_config: AVLConfig) -> None:
     """Refuse settings that cannot be combined with adaptive attention."""
     for refusal in REFUSALS:

@@ -155,7 +155,7 @@ def attention_constants(
         "block_m": block_m,
         "block_q": block_q,
         "query_blocks": triton.cdiv(max_query_len, block_q),
-        **asdict(TILES[cache_dtype.itemsize, head_pad]),
+        **asdict(TILES[cache_dtype.itemsize, max(head_pad, 64)]),
     }
 
 

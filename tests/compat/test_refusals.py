@@ -162,6 +162,11 @@ def test_every_refusal_of_the_table_has_a_case():
     assert len(support.REFUSALS) == 11
 
 
+def test_lists_of_core_are_refused_on_a_cpu(checkpoints):
+    with pytest.raises(ValueError, match="executor = 'gather' on CUDA only; leave it"):
+        start(checkpoints, additional_config={"avl": {"executor": "gather"}})
+
+
 def test_other_devices_are_refused(checkpoints, monkeypatch):
     owner = type(current_platform)
     monkeypatch.setattr(owner, "is_cpu", lambda self: False)

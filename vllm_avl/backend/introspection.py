@@ -73,7 +73,11 @@ def _report_layer(index: int, rows: LayerRows, state: RequestState) -> LayerRepo
     appended = range(rows.end, state.num_tokens)
     core, secondary, evicted, text = [], [], [], []
     for head in rows.positions.tolist():
-        behind, read = set(head[:border]), {*head[border:], *appended}
+        behind = set(head[:border])
+        if rows.listed is not None:
+            listed = zip(head, rows.listed.tolist(), strict=False)
+            behind = {position for position, in_core in listed if not in_core}
+        read = {*head, *appended} - behind
         core.append(sorted(read & ranked))
         secondary.append(sorted(behind))
         evicted.append(sorted(ranked - behind - read))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 
@@ -32,6 +32,16 @@ class Cache(Protocol):
 
     def move(self, blocks: torch.Tensor, moves: Moves) -> None:
         """Move rows of a request whose block ids are `blocks`."""
+
+
+class ListingCache(Cache, Protocol):
+    """A cache whose core is an index list, and whose kernel has left its scores."""
+
+    def probabilities(self, rows: torch.Tensor) -> torch.Tensor:
+        """[num_kv_heads, num_rows] attention that this step paid to cache rows."""
+
+    def list_core(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
+        """Let the list whose entries lie at cache rows `rows` be `slots`."""
 
 
 @runtime_checkable
@@ -86,7 +96,13 @@ class Layer:
         core_start = start + self._num_secondary(state)
         if start or plan.has_core:
             labels = self._label(task, rows, probabilities, start, core_start - start)
-            self._move(task, rows, labels, start, core_start)
+            if state.gathers:
+                in_core = labels[0] == CORE
+                labels = labels.masked_fill(labels == SECONDARY, CORE)
+                self._move(task, rows, labels, start, start)
+                self._list_core(task, rows, in_core[rows.positions[0]])
+            else:
+                self._move(task, rows, labels, start, core_start)
         if not state.keeps_sums:
             rows.sums = None
         elif plan.text_window is not None:
@@ -105,7 +121,10 @@ class Layer:
         if plan.has_core and state.policy.refreshes:
             num_secondary = self._num_secondary(state)
             labels = self._label(task, rows, probabilities, 0, num_secondary)
-            self._move(task, rows, labels, rows.start, rows.start + num_secondary)
+            if state.gathers:
+                self._list_core(task, rows, labels[0] == CORE)
+            else:
+                self._move(task, rows, labels, rows.start, rows.start + num_secondary)
 
     def _score_stored(
         self,
@@ -120,6 +139,9 @@ class Layer:
         last = task.query_end - 1
         if not task.scores_while_attending:
             return self.cache.scores(query[last : last + 1], blocks, num_slots)
+        if task.gathers:
+            found = self._listing.probabilities(self._cache_rows(task, rows, num_slots))
+            return found
         assert isinstance(self.cache, FusingCache)
         output[last], probabilities = self.cache.attend(query[last], blocks, num_slots)
         return probabilities
@@ -210,6 +232,25 @@ class Layer:
     def _by_kv_head(self, probabilities: torch.Tensor) -> torch.Tensor:
         """[num_kv_heads, num_slots]: query heads of a group added."""
         return probabilities.unflatten(0, (self.cache.num_kv_heads, -1)).sum(1)
+
+    @property
+    def _listing(self) -> ListingCache:
+        return cast(ListingCache, self.cache)
+
+    def _cache_rows(self, task: Task, rows: LayerRows, num_slots: int) -> torch.Tensor:
+        """[num_slots] rows of the cache where the first stored slots lie, int64."""
+        size = self.cache.block_size
+        blocks = task.blocks[rows.start // size :]
+        in_block = torch.arange(size, device=blocks.device)
+        return (blocks.unsqueeze(1) * size + in_block).flatten()[:num_slots]
+
+    def _list_core(self, task: Task, rows: LayerRows, in_core: torch.Tensor) -> None:
+        """Let core be the rows of full prompt blocks where `in_core` is True."""
+        plan = task.state.plan
+        rows.listed = in_core[: plan.num_full_tokens - rows.start]
+        size = plan.num_core_blocks * plan.block_size
+        slots = torch.nonzero_static(rows.listed, size=size).flatten() + rows.start
+        self._listing.list_core(self._cache_rows(task, rows, size), slots)
 
     def _num_secondary(self, state: RequestState) -> int:
         plan = state.plan

@@ -44,6 +44,22 @@ class RequestState:
         )
 
     @property
+    def gathers(self) -> bool:
+        """Whether core is an index list, and no row changes places for it.
+
+        Lists are for one ranking a layer that changes; others are packed.
+        """
+        plan = self.plan
+        return (
+            plan.config.executor == "gather"
+            and plan.config.head_reduction == "mean"
+            and plan.has_core
+            and plan.text_window is None
+            and self.policy.refreshes
+            and not self.policy.per_head
+        )
+
+    @property
     def keeps_sums(self) -> bool:
         """Whether attention is added up."""
         if self.plan.text_window is not None:
@@ -122,7 +138,7 @@ class Turn:
     def first_read_token(self) -> int:
         """First slot that attention reads, a multiple of the block size."""
         plan = self.state.plan
-        if self.reads_all:
+        if self.reads_all or self.state.gathers:
             return plan.num_freed_blocks(self.num_computed) * plan.block_size
         return plan.first_core_block(self.num_computed) * plan.block_size
 
@@ -135,6 +151,11 @@ class Turn:
             and (state.keeps_sums or (state.plan.has_core and state.policy.refreshes))
             and state.plan.refreshes(self.num_computed, self.num_new)
         )
+
+    @property
+    def gathers(self) -> bool:
+        """Whether our kernel attends: a decode row whose core is an index list."""
+        return not self.is_prefix and self.num_new == 1 and self.state.gathers
 
     @cached_property
     def num_aged(self) -> int:

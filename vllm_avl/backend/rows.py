@@ -29,6 +29,10 @@ class LayerRows:
     """[num_kv_heads, num_slots] running sums of attention, fp32; NaN where a row has
     not been scored yet. None where nobody needs them."""
 
+    listed: torch.Tensor | None = None
+    """[num_full_slots], True where a row of the full prompt blocks is in core's list;
+    None where core has blocks of its own."""
+
     @property
     def end(self) -> int:
         """Length of the request, in tokens."""

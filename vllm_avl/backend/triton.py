@@ -21,13 +21,15 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_avl.backend.gather import GatherBuffers, GatheredRows, gathered_rows
 from vllm_avl.backend.layer import Layer
 from vllm_avl.backend.ranks import RANKS
 from vllm_avl.backend.request import Task
 from vllm_avl.backend.step import current_step
 from vllm_avl.backend.triton_cache import TritonCache
-from vllm_avl.backend.view import shift
+from vllm_avl.backend.view import StepView, shift
 from vllm_avl.cache.spec import AVLSpec, adapt
+from vllm_avl.config import parse_config
 from vllm_avl.support import check_layer, check_layer_names, check_spec
 
 
@@ -36,6 +38,10 @@ class AVLTritonMetadata(TritonAttentionMetadata):
     """Metadata over what is read, and who has work after this step's attention."""
 
     tasks: list[Task] = field(default_factory=list)
+    gathered: GatheredRows | None = None
+    """Rows that our kernel attends."""
+    buffers: GatherBuffers | None = None
+    """Of lists of core; None where core is packed."""
 
 
 class AVLTritonMetadataBuilder(TritonAttentionMetadataBuilder):
@@ -61,6 +67,17 @@ class AVLTritonMetadataBuilder(TritonAttentionMetadataBuilder):
         check_layer_names(layer_names, extract_layer_index)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+        self._gather: GatherBuffers | None = None
+        if parse_config(vllm_config.additional_config).executor == "gather":
+            num_blocks = vllm_config.cache_config.num_gpu_blocks
+            assert num_blocks is not None
+            self._gather = GatherBuffers(
+                num_blocks * kv_cache_spec.block_size,
+                self.num_heads_q,
+                self.num_heads_kv,
+                self._max_num_seqs,
+                device,
+            )
         self._table: torch.Tensor | None = None
         self._seq_lens = torch.zeros(
             self._max_num_seqs, dtype=torch.int32, device=device
@@ -81,11 +98,20 @@ class AVLTritonMetadataBuilder(TritonAttentionMetadataBuilder):
         in_graph = self.decode_cudagraph_enabled and common.max_query_len == 1
         if view is None and not in_graph:
             return super().build(common_prefix_len, common, fast_build)
-        first_blocks = [] if view is None else view.first_blocks
-        shifted = self._shift(common, first_blocks, keep=in_graph)
-        metadata = super().build(common_prefix_len, shifted, fast_build)
-        tasks = [] if view is None else view.tasks
-        return AVLTritonMetadata(**vars(metadata), tasks=tasks)
+        if view is None:
+            view = StepView([], [], [])
+        gathered = None
+        if self._gather is not None:
+            gathered = gathered_rows(self._gather, common, view.selections)
+        if gathered is None or gathered.tokens is not None:
+            common = self._shift(common, view.first_blocks, keep=in_graph)
+        metadata = super().build(common_prefix_len, common, fast_build)
+        return AVLTritonMetadata(
+            **vars(metadata),
+            tasks=view.tasks,
+            gathered=gathered,
+            buffers=self._gather,
+        )
 
     def _shift(
         self, common: CommonAttentionMetadata, first_blocks: list[int], keep: bool
@@ -140,6 +166,10 @@ class AVLTritonImpl(TritonAttentionImpl):
             kv_sharing=self.kv_sharing_target_layer_name is not None,
         )
 
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """Return False: our kernel writes its output as the query's dtype."""
+        return False
+
     def forward(
         self,
         layer: torch.nn.Module,
@@ -153,27 +183,51 @@ class AVLTritonImpl(TritonAttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend as stock does over the metadata's blocks, then perform the tasks."""
-        output = super().forward(
-            layer,
-            query,
-            key,
-            value,
-            kv_cache,
-            attn_metadata,
-            output,
-            output_scale,
-            output_block_scale,
-        )
-        if isinstance(attn_metadata, AVLTritonMetadata) and attn_metadata.tasks:
-            ours = self._view(layer, kv_cache)
-            for task in attn_metadata.tasks:
-                ours.perform(task, query, output)
+        ours = attn_metadata if isinstance(attn_metadata, AVLTritonMetadata) else None
+        gathered = None if ours is None else ours.gathered
+        if gathered is None or gathered.tokens is not None:
+            super().forward(
+                layer,
+                query,
+                key,
+                value,
+                kv_cache,
+                attn_metadata,
+                output,
+                output_scale,
+                output_block_scale,
+            )
+        if ours is None or not (ours.tasks or gathered):
+            return output
+        cache = self._cache(layer, kv_cache, ours.buffers)
+        if gathered is not None:
+            count = ours.num_actual_tokens
+            gathered.attend(
+                layer.layer_name,
+                query[:count],
+                cache.keys,
+                cache.values,
+                self.scale,
+                self.logits_soft_cap,
+                output[:count],
+            )
+        for task in ours.tasks:
+            Layer(extract_layer_index(layer.layer_name), cache, RANKS).perform(
+                task, query, output
+            )
         return output
 
-    def _view(self, layer: torch.nn.Module, kv_cache: torch.Tensor) -> Layer:
-        index = extract_layer_index(layer.layer_name)
-        cache = TritonCache(kv_cache, self.head_size, self.scale, self.logits_soft_cap)
-        return Layer(index, cache, RANKS)
+    def _cache(
+        self,
+        layer: torch.nn.Module,
+        kv_cache: torch.Tensor,
+        buffers: GatherBuffers | None,
+    ) -> TritonCache:
+        """Return the layer's cache as selection and eviction see it."""
+        plain = kv_cache, self.head_size, self.scale, self.logits_soft_cap
+        if buffers is None:
+            return TritonCache(*plain)
+        return TritonCache(*plain, buffers.core_list(layer.layer_name), buffers.scores)
 
 
 class AVLTritonBackend(TritonAttentionBackend):

@@ -23,6 +23,11 @@ class TritonCache:
     head_size: int
     scale: float
     soft_cap: float
+    core_list: torch.Tensor | None = None
+    """[1, num_blocks · block_size] int32, see `kernels.gpu.selected_attention`; None
+    where core is packed."""
+    read_scores: torch.Tensor | None = None
+    """[num_kv_heads, num_blocks · block_size] fp32, attention that the step paid."""
 
     @property
     def num_kv_heads(self) -> int:
@@ -51,6 +56,16 @@ class TritonCache:
         return vision_scores(
             query, self.keys, blocks, num_tokens, self.scale, self.soft_cap
         )
+
+    def probabilities(self, rows: torch.Tensor) -> torch.Tensor:
+        """[num_kv_heads, num_rows] attention that this step paid to cache rows."""
+        assert self.read_scores is not None
+        return self.read_scores[:, rows]
+
+    def list_core(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
+        """Let the list whose entries lie at cache rows `rows` be `slots`."""
+        assert self.core_list is not None
+        self.core_list[0, rows] = slots.to(torch.int32)
 
     def move(self, blocks: torch.Tensor, moves: Moves) -> None:
         """Move rows of a request whose block ids are `blocks`."""

@@ -4,10 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from vllm_avl.backend.request import Task, Turn
+
+
+class Selection(NamedTuple):
+    """What one decode row reads, in slots of its request."""
+
+    first_slot: int = 0
+    """It reads all slots from here on."""
+    list_start: int = 0
+    """Where core's list begins: the first stored slot."""
+    num_core: int = 0
+    """Entries of the list that it reads."""
+    scored: bool = False
+
+    @property
+    def gathers(self) -> bool:
+        """Whether vLLM's kernel could not read this."""
+        return self.num_core > 0 or self.scored
 
 
 @dataclass(frozen=True)
@@ -17,6 +35,8 @@ class StepView:
     first_blocks: list[int]
     """[num_rows] first block that vLLM's kernel reads."""
     tasks: list[Task]
+    selections: list[Selection]
+    """[num_rows] what our kernel reads, where it attends."""
 
 
 def make_view(
@@ -38,13 +58,15 @@ def make_view(
         block_size: the kernel's block size, a divisor of the plans'.
         fuses_scores: whether a lone decode row that scores is attended by our kernel.
     """
-    first_blocks, tasks = [], []
+    first_blocks, tasks, selections = [], [], []
     for row, turn in enumerate(turns):
         first_blocks.append(0)
+        selections.append(Selection() if turn is None else select(turn))
         if turn is None or turn.is_prefix:
             continue
         num_blocks = -(-turn.num_tokens // block_size)
-        fused = fuses_scores and turn.scores and turn.num_new == 1
+        alone = turn.num_new == 1
+        fused = alone and turn.scores and (fuses_scores or turn.gathers)
         turn.state.record(turn.num_tokens, turn.scores)
         if turn.has_work:
             task = Task(
@@ -60,12 +82,26 @@ def make_view(
             assert turn.num_tokens == turn.state.plan.num_prompt_tokens, (
                 "a chunk crossed the prompt"
             )
-        elif fused:
+        elif fused or turn.gathers:
             # The kernel must be given something: the last block.
             first_blocks[row] = num_blocks - 1
         else:
             first_blocks[row] = turn.first_read_token // block_size
-    return StepView(first_blocks, tasks)
+    return StepView(first_blocks, tasks, selections)
+
+
+def select(turn: Turn) -> Selection:
+    """Return what a decode row of `turn` reads."""
+    if turn.is_prefix or turn.compacts:
+        return Selection()
+    if not turn.gathers:
+        return Selection(turn.first_read_token)
+    start = turn.first_read_token
+    if turn.reads_all:
+        return Selection(start, scored=turn.scores)
+    plan = turn.state.plan
+    num_core = plan.num_core_blocks * plan.block_size
+    return Selection(plan.num_full_tokens, start, num_core)
 
 
 def shift(

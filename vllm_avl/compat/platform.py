@@ -14,6 +14,7 @@ from vllm_avl.config import parse_config
 from vllm_avl.support import (
     check_attention,
     check_config,
+    check_executor,
     check_unclaimed,
     refuse_platform,
 )
@@ -92,6 +93,7 @@ def update_config(original: Callable[..., None]) -> classmethod:
         if ours is None:
             refuse_platform(current_platform.device_name)
         avl_config = parse_config(vllm_config.additional_config)
+        check_executor(avl_config.executor, can_gather=ours is CUDA)
         scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
         check_unclaimed("--scheduler-cls", scheduler.scheduler_cls, OUR_SCHEDULERS)
         check_unclaimed("--worker-cls", parallel.worker_cls, ("auto", ours.worker))

@@ -1,0 +1,69 @@
+"""A batch of everything that differs between requests, and how answers compare."""
+
+import pytest
+
+from standin.process import generate
+
+CORE = {"avl_core_ratio": 0.25, "avl_refresh_interval": 2}
+TEXT = {"avl_text_keep_ratio": 0.3}
+LONG = "What is it? " * 6
+
+
+def ask(*images, text="What is it?", max_tokens=8, **xargs):
+    return {
+        "images": list(images),
+        "text": text,
+        "max_tokens": max_tokens,
+        "xargs": xargs,
+    }
+
+
+SPEC = {
+    "requests": [
+        ask(1, 2),
+        ask(1, 2, avl=0),
+        ask(3, 4, 5, **CORE),
+        ask(6, 7, text=LONG, max_tokens=12, **CORE, **TEXT),
+        ask(8, 9, avl_policy="h2o", **CORE),
+        ask(10, 11, avl_policy="snapkv", avl_store_ratio=0.3),
+        ask(12, 13, avl_store_ratio=1),
+        ask(text="No picture at all."),
+    ],
+    "llm": {
+        "additional_config": {"avl": {"vision_store_ratio": 0.5}},
+        "enable_prefix_caching": True,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 256,
+        "limit_mm_per_prompt": {"image": 3},
+    },
+}
+AS_STOCK = [1, 6, 7]
+"""Requests that must be served as if we were not there."""
+BUDGET = 1e-4
+"""Log-probabilities of fp32, on two kernels' orders of summation."""
+BACKEND = ("--backend", "AVL", "--logprobs")
+
+
+def answer_on_cpu(model):
+    """The CPU back end's answers, which the oracle of tests/engine stands behind."""
+    report = generate(model, SPEC, "--cpu", "--alone", *BACKEND)
+    assert report["ran"]["backend"] == "vllm_avl.backend.cpu.AVLBackend"
+    assert report["alone"] == report["tokens"]
+    adapted, stock = report["logprobs"][:2]
+    assert adapted != pytest.approx(stock, abs=100 * BUDGET), "nothing was evicted"
+    return report
+
+
+def spec(executor, **llm):
+    """`SPEC` with core read by `executor`."""
+    config = {"avl": {"vision_store_ratio": 0.5, "executor": executor}}
+    return SPEC | {"llm": SPEC["llm"] | {"additional_config": config} | llm}
+
+
+def check(report, expected):
+    """Assert that a report on the stand-in is what is expected."""
+    assert report["ran"]["worker"] == "vllm_avl.compat.worker.AVLWorker"
+    assert report["ran"]["backend"] == "vllm_avl.backend.triton.AVLTritonBackend"
+    assert report["tokens"] == expected["tokens"]
+    for ours, theirs in zip(report["logprobs"], expected["logprobs"], strict=True):
+        assert ours == pytest.approx(theirs, abs=BUDGET)

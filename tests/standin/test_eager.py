@@ -1,0 +1,28 @@
+"""Adaptive attention on vLLM's CUDA code path gives what the CPU back end gives."""
+
+import pytest
+
+from standin.asks import AS_STOCK, BACKEND, SPEC, answer_on_cpu, check, spec
+from standin.process import generate
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    return answer_on_cpu(model)
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("runner", "executor"), [("v1", "pack"), ("v2", "gather")])
+def test_both_runners_answer_as_the_cpu_does(model, expected, runner, executor):
+    options = ("--runner", runner, "--alone", *BACKEND)
+    report = generate(model, spec(executor), *options)
+    check(report, expected)
+    # In company and on one's own, cold and over one's own or another's prefix.
+    assert report["alone"] == report["tokens"]
+
+
+@pytest.mark.timeout(600)
+def test_what_is_not_adapted_is_answered_as_by_stock(model, expected):
+    requests = [SPEC["requests"][index] for index in AS_STOCK]
+    stock = generate(model, {"requests": requests}, "--cpu", "--backend", "CPU_ATTN")
+    assert stock["tokens"] == [expected["tokens"][index] for index in AS_STOCK]

@@ -1,0 +1,35 @@
+"""Figures in the documents that follow from the plan."""
+
+from pathlib import Path
+
+from vllm_avl.config import AVLConfig
+from vllm_avl.plan import make_plan
+
+METHOD = Path(__file__).parents[1] / "docs" / "method.md"
+PROMPT = 600
+"""5 text tokens, 576 vision tokens and 19 text tokens."""
+
+
+def test_the_worked_example_of_text_eviction():
+    plan = make_plan(PROMPT, ((5, 581),), 32, AVLConfig(text_keep_ratio=0.7))
+    window = plan.text_window
+
+    def first_with(num_blocks):
+        """Text tokens, and the window, when that many blocks have gone."""
+        num_tokens = PROMPT
+        while plan.num_evicted_text_blocks(num_tokens) < num_blocks:
+            num_tokens += 1
+        num_text = plan.num_text_tokens(num_tokens)
+        return num_text, window.size(num_text)
+
+    at_first = plan.num_text_tokens(PROMPT)
+    (n, size), second, third = map(first_with, (1, 2, 3))
+    expected = (
+        f"At the end of the prompt n = {at_first} and R = {window.size(at_first)}. "
+        f"At n = {n}, after t = {n - at_first}, R is {size}, of which "
+        f"{window.num_recent(n)} are recent; "
+        f"the first 32 rows leave, and {n - 32} stay. "
+        f"The next blocks go at n = {second[0]} (R = {second[1]}) and "
+        f"n = {third[0]} (R = {third[1]})."
+    )
+    assert expected in " ".join(METHOD.read_text().split())
