@@ -93,16 +93,10 @@ class Layer:
         if state.keeps_sums or state.policy.keeps_sums:
             rows.sums = self._by_kv_head(probabilities)
         start = plan.private_from * plan.block_size
-        core_start = start + self._num_secondary(state)
         if start or plan.has_core:
-            labels = self._label(task, rows, probabilities, start, core_start - start)
-            if state.gathers:
-                in_core = labels[0] == CORE
-                labels = labels.masked_fill(labels == SECONDARY, CORE)
-                self._move(task, rows, labels, start, start)
-                self._list_core(task, rows, in_core[rows.positions[0]])
-            else:
-                self._move(task, rows, labels, start, core_start)
+            num_secondary = self._num_secondary(state)
+            labels = self._label(task, rows, probabilities, start, num_secondary)
+            self._place(task, rows, labels, start)
         if not state.keeps_sums:
             rows.sums = None
         elif plan.text_window is not None:
@@ -121,10 +115,7 @@ class Layer:
         if plan.has_core and state.policy.refreshes:
             num_secondary = self._num_secondary(state)
             labels = self._label(task, rows, probabilities, 0, num_secondary)
-            if state.gathers:
-                self._list_core(task, rows, labels[0] == CORE)
-            else:
-                self._move(task, rows, labels, rows.start, rows.start + num_secondary)
+            self._place(task, rows, labels, rows.start)
 
     def _score_stored(
         self,
@@ -140,8 +131,8 @@ class Layer:
         if not task.scores_while_attending:
             return self.cache.scores(query[last : last + 1], blocks, num_slots)
         if task.gathers:
-            found = self._listing.probabilities(self._cache_rows(task, rows, num_slots))
-            return found
+            cache_rows = self._cache_rows(task, rows, num_slots)
+            return self._listing.probabilities(cache_rows)
         assert isinstance(self.cache, FusingCache)
         output[last], probabilities = self.cache.attend(query[last], blocks, num_slots)
         return probabilities
@@ -163,8 +154,7 @@ class Layer:
             plan.num_text_tokens(task.num_tokens),
             task.num_aged,
         )
-        start = rows.start + task.num_aged
-        self._move(task, rows, labels, start, start + num_secondary)
+        self._place(task, rows, labels, rows.start + task.num_aged)
 
     def _label(
         self,
@@ -255,6 +245,29 @@ class Layer:
     def _num_secondary(self, state: RequestState) -> int:
         plan = state.plan
         return (plan.num_stored_blocks - plan.num_core_blocks) * plan.block_size
+
+    def _place(
+        self, task: Task, rows: LayerRows, labels: torch.Tensor, start: int
+    ) -> None:
+        """Let rows be evicted, stored and read as they are labelled.
+
+        Args:
+            task: of the request.
+            rows: what is stored; updated.
+            labels: [num_rankings, num_slots].
+            start: first slot, in tokens of the request, that stays stored.
+        """
+        state = task.state
+        if not state.lists_core:
+            core_start = start + self._num_secondary(state)
+            self._move(task, rows, labels, start, core_start)
+            return
+        by_position = torch.zeros(rows.end, dtype=torch.bool, device=labels.device)
+        by_position[rows.positions[0]] = labels[0] == CORE
+        if start > rows.start:
+            stored = labels.masked_fill(labels == SECONDARY, CORE)
+            self._move(task, rows, stored, start, start)
+        self._list_core(task, rows, by_position[rows.positions[0]])
 
     def _move(
         self,

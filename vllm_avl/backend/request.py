@@ -44,7 +44,7 @@ class RequestState:
         )
 
     @property
-    def gathers(self) -> bool:
+    def lists_core(self) -> bool:
         """Whether core is an index list, and no row changes places for it.
 
         Lists are for one ranking a layer that changes; others are packed.
@@ -138,7 +138,7 @@ class Turn:
     def first_read_token(self) -> int:
         """First slot that attention reads, a multiple of the block size."""
         plan = self.state.plan
-        if self.reads_all or self.state.gathers:
+        if self.reads_all or self.state.lists_core:
             return plan.num_freed_blocks(self.num_computed) * plan.block_size
         return plan.first_core_block(self.num_computed) * plan.block_size
 
@@ -155,7 +155,7 @@ class Turn:
     @property
     def gathers(self) -> bool:
         """Whether our kernel attends: a decode row whose core is an index list."""
-        return not self.is_prefix and self.num_new == 1 and self.state.gathers
+        return not self.is_prefix and self.num_new == 1 and self.state.lists_core
 
     @cached_property
     def num_aged(self) -> int:
