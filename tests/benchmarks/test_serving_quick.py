@@ -1,0 +1,29 @@
+"""The serving benchmark's command line; whole runs of it need a quiet machine."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serving.py"
+
+
+def run(*options):
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *options],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def test_says_which_lengths_do_not_fit():
+    result = run("--images", "8")
+    assert result.returncode == 2
+    assert "images=8" in result.stderr
+    assert "4096 tokens" in result.stderr
+
+
+def test_help():
+    result = run("--help")
+    assert result.returncode == 0
+    assert "--quick" in result.stdout
