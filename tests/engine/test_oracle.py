@@ -87,5 +87,5 @@ def test_stored_core_and_logits(engines, oracles, architecture, batch):
         answers = watch(engine, asks, f"{batch}.{turn}")
         for one, answer in zip(asks, answers, strict=True):
             disagreements += compare(engine, oracles(architecture), one, answer)
-    # Ties are rare, or the comparison would mean nothing.
-    assert disagreements <= 20
+    # Ties are rare (none here), or the comparison would mean nothing.
+    assert disagreements <= 2
