@@ -81,11 +81,11 @@ def exchange_rows(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     blocks: torch.Tensor,
-    first: torch.Tensor,
-    second: torch.Tensor,
+    source: torch.Tensor,
+    target: torch.Tensor,
     heads: torch.Tensor | None = None,
 ) -> None:
-    """Exchange the rows at positions `first` with those at `second`, in place.
+    """Exchange the rows at positions `source` with those at `target`, in place.
 
     Bits are moved, so any dtype of 1, 2 or 4 bytes will do.
 
@@ -94,25 +94,25 @@ def exchange_rows(
             but the last.
         value_cache: as key_cache.
         blocks: [num_request_blocks] block ids of the request, int32 or int64.
-        first: [num_pairs] positions in the request, int32 or int64; a pair whose first
-            is negative is padding.
-        second: [num_pairs] other positions; in a head no position occurs twice.
+        source: [num_pairs] positions in the request, int32 or int64; a pair whose
+            source is negative is padding.
+        target: [num_pairs] other positions; in a head no position occurs twice.
         heads: [num_pairs] KV head of each pair; None exchanges in all heads alike.
     """
-    if not len(first):
+    if not len(source):
         return
     num_kv_heads, block_size, head_size = key_cache.shape[1:]
     block_d = triton.next_power_of_2(head_size)
     pairs = BYTES_AT_A_TIME // (block_d * key_cache.itemsize)
-    grid = (triton.cdiv(len(first), pairs), num_kv_heads if heads is None else 1)
+    grid = (triton.cdiv(len(source), pairs), num_kv_heads if heads is None else 1)
     _exchange_rows_kernel[grid](
         as_bits(key_cache),
         as_bits(value_cache),
         blocks,
-        first,
-        second,
+        source,
+        target,
         heads,
-        len(first),
+        len(source),
         *key_cache.stride()[:3],
         *value_cache.stride()[:3],
         head_size=head_size,

@@ -28,21 +28,15 @@ def exchange_rows(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     blocks: torch.Tensor,
-    first: torch.Tensor,
-    second: torch.Tensor,
+    source: torch.Tensor,
+    target: torch.Tensor,
     heads: torch.Tensor | None = None,
 ) -> None:
     """As `kernels.gpu.exchange_rows`."""
-    real = first >= 0
-    there, back = first[real], second[real]
-    moved = None if heads is None else heads[real].repeat(2)
-    compact_blocks(
-        key_cache,
-        value_cache,
-        blocks,
-        torch.cat([there, back]),
-        torch.cat([back, there]),
-        moved,
+    real = source >= 0
+    moved = None if heads is None else heads[real]
+    reference.exchange_rows(
+        key_cache, value_cache, blocks.long(), source[real], target[real], moved
     )
 
 

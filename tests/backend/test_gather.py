@@ -81,7 +81,7 @@ def step_of(query_lens, num_padded=0):
 
 def test_a_step_of_decode_rows_is_attended_whole_from_buffers_that_stay():
     ours, common = buffers(), step_of([1, 1], num_padded=1)
-    rows = gathered_rows(ours, common, [Selection(), Selection(576, 256, 128)])
+    rows = gathered_rows(ours, common, [None, turn_of(PROMPT)])
     assert rows.tokens is None
     assert rows.selections.tolist() == [[0, 576, 0], [0, 256, 0], [0, 128, 0], [0] * 3]
     assert rows.selections.data_ptr() == ours.selections.data_ptr()
@@ -91,8 +91,9 @@ def test_a_step_of_decode_rows_is_attended_whole_from_buffers_that_stay():
 
 
 def test_of_a_mixed_step_only_rows_with_lists_are_ours():
-    selections = [Selection(), Selection(256, scored=True), Selection(64)]
-    rows = gathered_rows(buffers(), step_of([5, 1, 1]), selections)
+    packed = turn_of(PROMPT, executor="pack")
+    turns = [turn_of(0, 5), turn_of(PROMPT + 2), packed]
+    rows = gathered_rows(buffers(), step_of([5, 1, 1]), turns)
     assert rows.tokens.tolist() == [5]
     assert rows.seq_lens.tolist() == [710]
     assert rows.query_start_loc.tolist() == [0, 1]
@@ -101,7 +102,9 @@ def test_of_a_mixed_step_only_rows_with_lists_are_ours():
 
 
 def test_a_mixed_step_without_lists_is_left_to_vllm():
-    assert gathered_rows(buffers(), step_of([5, 1]), [Selection(64)] * 2) is None
+    turns = [turn_of(0, 5), turn_of(PROMPT, executor="pack")]
+    assert gathered_rows(buffers(), step_of([5, 1]), turns) is None
+    assert gathered_rows(buffers(), step_of([5, 1]), [None, None]) is None
 
 
 def test_layers_have_lists_of_their_own():

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_avl.backend.view import Selection
+from vllm_avl.backend.request import Turn
+from vllm_avl.backend.view import Selection, select
 from vllm_avl.kernels.gpu.selected_attention import Refresh, selected_attention
 
 PROGRAMS_PER_DEVICE = 264
@@ -135,7 +136,7 @@ def num_splits(num_pairs: int) -> int:
 def gathered_rows(
     buffers: GatherBuffers,
     common: CommonAttentionMetadata,
-    selections: Sequence[Selection],
+    turns: Sequence[Turn | None],
 ) -> GatheredRows | None:
     """Return the rows of a step that our kernel attends, None for none of them.
 
@@ -144,6 +145,7 @@ def gathered_rows(
     """
     num_reqs = common.num_reqs
     table = common.block_table_tensor[:num_reqs]
+    selections = [select(turn) for turn in turns]
     if common.max_query_len == 1:
         return GatheredRows(
             buffers,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, cast
 
 import torch
 
@@ -44,7 +44,6 @@ class ListingCache(Cache, Protocol):
         """Let the list whose entries lie at cache rows `rows` be `slots`."""
 
 
-@runtime_checkable
 class FusingCache(Cache, Protocol):
     """A cache that attends and scores in one read."""
 
@@ -133,8 +132,8 @@ class Layer:
         if task.gathers:
             cache_rows = self._cache_rows(task, rows, num_slots)
             return self._listing.probabilities(cache_rows)
-        assert isinstance(self.cache, FusingCache)
-        output[last], probabilities = self.cache.attend(query[last], blocks, num_slots)
+        attend = cast(FusingCache, self.cache).attend
+        output[last], probabilities = attend(query[last], blocks, num_slots)
         return probabilities
 
     def _evict_text(self, task: Task) -> None:

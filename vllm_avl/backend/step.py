@@ -56,6 +56,8 @@ class WorkerRequests:
 
     def turns(self, spans: Iterable[tuple[str, int, int]]) -> dict[str, Turn]:
         """Pick the adaptive of a step's `(id, tokens before, tokens after)`."""
+        if not self.running:
+            return {}
         return {
             name: Turn(self.running[name], before, after)
             for name, before, after in spans

@@ -102,7 +102,7 @@ class AVLTritonMetadataBuilder(TritonAttentionMetadataBuilder):
             view = StepView([], [], [])
         gathered = None
         if self._gather is not None:
-            gathered = gathered_rows(self._gather, common, view.selections)
+            gathered = gathered_rows(self._gather, common, view.turns)
         if gathered is None or gathered.tokens is not None:
             common = self._shift(common, view.first_blocks, keep=in_graph)
         metadata = super().build(common_prefix_len, common, fast_build)
@@ -211,10 +211,10 @@ class AVLTritonImpl(TritonAttentionImpl):
                 self.logits_soft_cap,
                 output[:count],
             )
-        for task in ours.tasks:
-            Layer(extract_layer_index(layer.layer_name), cache, RANKS).perform(
-                task, query, output
-            )
+        if ours.tasks:
+            selecting = Layer(extract_layer_index(layer.layer_name), cache, RANKS)
+            for task in ours.tasks:
+                selecting.perform(task, query, output)
         return output
 
     def _cache(

@@ -35,8 +35,8 @@ class StepView:
     first_blocks: list[int]
     """[num_rows] first block that vLLM's kernel reads."""
     tasks: list[Task]
-    selections: list[Selection]
-    """[num_rows] what our kernel reads, where it attends."""
+    turns: Sequence[Turn | None]
+    """[num_rows]; None where a row is not adaptive."""
 
 
 def make_view(
@@ -58,10 +58,9 @@ def make_view(
         block_size: the kernel's block size, a divisor of the plans'.
         fuses_scores: whether a lone decode row that scores is attended by our kernel.
     """
-    first_blocks, tasks, selections = [], [], []
+    first_blocks, tasks = [], []
     for row, turn in enumerate(turns):
         first_blocks.append(0)
-        selections.append(Selection() if turn is None else select(turn))
         if turn is None or turn.is_prefix:
             continue
         num_blocks = -(-turn.num_tokens // block_size)
@@ -87,12 +86,12 @@ def make_view(
             first_blocks[row] = num_blocks - 1
         else:
             first_blocks[row] = turn.first_read_token // block_size
-    return StepView(first_blocks, tasks, selections)
+    return StepView(first_blocks, tasks, turns)
 
 
-def select(turn: Turn) -> Selection:
-    """Return what a decode row of `turn` reads."""
-    if turn.is_prefix or turn.compacts:
+def select(turn: Turn | None) -> Selection:
+    """Return what a decode row of `turn` reads; None for a row of stock's."""
+    if turn is None or turn.is_prefix or turn.compacts:
         return Selection()
     if not turn.gathers:
         return Selection(turn.first_read_token)

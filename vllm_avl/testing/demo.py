@@ -43,7 +43,9 @@ FIRST_SAMPLE = 8
 SHORTEST_ANSWER = 100
 EVERY_CHUNK = {"include_usage": True, "continuous_usage_stats": True}
 ENOUGH = 3
-"""Samples of a run: some lie too near to a block's border to compare."""
+"""Samples of a run that can be compared."""
+ATTEMPTS = 5
+"""A busy machine samples so seldom that an answer may end before there are enough."""
 DEMO_MODEL_OPTIONS = (
     *("--dtype", "float32", "--enforce-eager"),
     *("--kv-cache-memory-bytes", str(64 << 20)),
@@ -63,13 +65,48 @@ class Question:
 class Measurement:
     """What the server reported while one answer was streaming."""
 
+    block_size: int
     num_prompt_tokens: int = 0
     held_blocks: dict[int, int] = field(default_factory=dict)
     """Blocks held, by the number of answer tokens that were there at that time."""
 
+    def nth_block(self, length: int) -> int | None:
+        """Block being filled at a length; None too near to its borders to say."""
+        block, filled = divmod(self.num_prompt_tokens + length, self.block_size)
+        return block if 2 <= filled < self.block_size - 2 else None
+
+    @property
+    def usable(self) -> dict[int, int]:
+        """`held_blocks` at the lengths that can be compared."""
+        return {
+            length: held
+            for length, held in self.held_blocks.items()
+            if self.nth_block(length) is not None
+        }
+
 
 def ask(server: Server, question: Question, *, avl: bool) -> Measurement:
-    """Stream one answer to the terminal and sample the blocks held meanwhile."""
+    """Stream one answer to the terminal and sample the blocks held meanwhile.
+
+    Raises:
+        ServerError: the server was too busy to be sampled.
+    """
+    measured = Measurement(server.metrics().block_size)
+    for attempt in range(ATTEMPTS):
+        shown = question.max_tokens if attempt == 0 else 0
+        _sample(server, question, measured, avl=avl, shown=shown)
+        if len(measured.usable) >= ENOUGH:
+            print("\n")
+            return measured
+    raise ServerError(
+        f"too few looks at /metrics in {ATTEMPTS} answers: raise --max-tokens"
+    )
+
+
+def _sample(
+    server: Server, question: Question, measured: Measurement, *, avl: bool, shown: int
+) -> None:
+    """Stream an answer, print its first `shown` chunks, and add to `measured`."""
     urls = [picture_url(picture) for picture in question.pictures]
     messages: list[Any] = [user_message(question.text, urls)]
     xargs = {} if avl else {"vllm_xargs": {"avl": 0}}
@@ -77,29 +114,27 @@ def ask(server: Server, question: Question, *, avl: bool) -> Measurement:
     stream = server.client().chat.completions.create(
         model=server.model,
         messages=messages,
-        # A busy machine samples seldom: the answer goes on, unseen, until it could.
+        # The answer goes on, unseen, until there are enough samples.
         max_tokens=4 * question.max_tokens,
         temperature=0,
         stream=True,
         extra_body={"ignore_eos": True, "stream_options": EVERY_CHUNK, **xargs},
     )
-    measured = Measurement()
     for number, chunk in enumerate(stream):
-        if number < question.max_tokens:
+        if number < shown:
             for choice in chunk.choices:
                 print(choice.delta.content or "", end="", flush=True)
         if chunk.usage is not None:
             measured.num_prompt_tokens = chunk.usage.prompt_tokens
         if number >= FIRST_SAMPLE:
             metrics = server.metrics()
+            length = metrics.num_generated_tokens - before
+            # The answer may have ended since its chunk was sent.
             if metrics.held_blocks > 0:
-                length = metrics.num_generated_tokens - before
                 measured.held_blocks[length] = metrics.held_blocks
-        if number >= question.max_tokens and len(measured.held_blocks) >= ENOUGH:
+        if number >= shown and len(measured.usable) >= ENOUGH:
             break
     stream.close()
-    print("\n")
-    return measured
 
 
 def settled_tokens(server: Server) -> int:
@@ -111,34 +146,18 @@ def settled_tokens(server: Server) -> int:
     return tokens
 
 
-def compare(
-    avl: Measurement, stock: Measurement, block_size: int
-) -> tuple[int, int, int]:
+def compare(avl: Measurement, stock: Measurement) -> tuple[int, int, int]:
     """Return a length of the answer, and the blocks either run held at that length.
 
     The runs are sampled at other lengths: the nearest are taken, and the blocks that an
     answer grows by in between are added.
-
-    Raises:
-        ServerError: a run has no sample.
     """
-
-    def nth_block(length: int) -> int | None:
-        """Block of the sequence being filled; None too near to its borders to say."""
-        block, filled = divmod(stock.num_prompt_tokens + length, block_size)
-        return block if 2 <= filled < block_size - 2 else None
-
-    pairs = [
-        (abs(ours - theirs), -theirs, ours)
-        for ours in avl.held_blocks
-        for theirs in stock.held_blocks
-        if nth_block(ours) is not None and nth_block(theirs) is not None
-    ]
-    if not pairs:
-        raise ServerError("too few measurements to compare: raise --max-tokens")
-    _, negative, ours = min(pairs)
-    theirs = -negative
-    grown = (nth_block(theirs) or 0) - (nth_block(ours) or 0)
+    _, theirs, ours = min(
+        (abs(ours - theirs), theirs, ours)
+        for ours in avl.usable
+        for theirs in stock.usable
+    )
+    grown = (stock.nth_block(theirs) or 0) - (stock.nth_block(ours) or 0)
     return theirs, avl.held_blocks[ours] + grown, stock.held_blocks[theirs]
 
 
@@ -146,7 +165,7 @@ def table(server: Server, avl: Measurement, stock: Measurement) -> str:
     """Lay the two measurements side by side."""
     metrics = server.metrics()
     pool, size = metrics.num_blocks, metrics.block_size
-    length, kept, whole = compare(avl, stock, size)
+    length, kept, whole = compare(avl, stock)
     rows = (
         ("held by stock vLLM (avl: 0)", whole),
         ("kept with --attention-backend avl", kept),

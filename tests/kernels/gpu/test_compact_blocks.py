@@ -5,10 +5,11 @@ between them: test_compiled.py looks for it in the machine code.
 """
 
 import sys
+from functools import partial
 
 import pytest
 import torch
-from poisoned import DEVICE, assert_same_bits, paged, runnable
+from poisoned import assert_moved, paged, runnable
 from vllm_avl.kernels.gpu import reference
 from vllm_avl.kernels.gpu.compact_blocks import compact_blocks
 
@@ -22,23 +23,7 @@ def _kernels():
         yield
 
 
-def assert_compacted(shape, dtype, layout, moves):
-    torch.manual_seed(0)
-    keys, values, blocks = paged(*shape, dtype, layout)
-    expected = keys.cpu().clone(), values.cpu().clone()
-    moves = [None if move is None else torch.as_tensor(move).long() for move in moves]
-    reference.compact_blocks(*expected, blocks.cpu(), *moves)
-    moves = [None if move is None else move.to(DEVICE) for move in moves]
-    # Block ids and positions may be of either width.
-    wide = dtype == torch.float32
-    compact_blocks(
-        keys,
-        values,
-        blocks if wide else blocks.int(),
-        *(move if wide or move is None else move.int() for move in moves),
-    )
-    assert_same_bits(keys, expected[0])
-    assert_same_bits(values, expected[1])
+assert_compacted = partial(assert_moved, compact_blocks, reference.compact_blocks)
 
 
 torch.manual_seed(1)

@@ -1,10 +1,11 @@
 """Exchanged rows, bit by bit, and nothing but them."""
 
 import sys
+from functools import partial
 
 import pytest
 import torch
-from poisoned import DEVICE, assert_same_bits, paged, runnable
+from poisoned import DEVICE, assert_moved, assert_same_bits, paged, runnable
 from vllm_avl.kernels.gpu import reference
 from vllm_avl.kernels.gpu.exchange_rows import exchange_rows
 
@@ -18,23 +19,7 @@ def _kernels():
         yield
 
 
-def assert_exchanged(shape, dtype, layout, moves):
-    torch.manual_seed(0)
-    keys, values, blocks = paged(*shape, dtype, layout)
-    expected = keys.cpu().clone(), values.cpu().clone()
-    moves = [None if move is None else torch.tensor(move).long() for move in moves]
-    reference.exchange_rows(*expected, blocks.cpu(), *moves)
-    moves = [None if move is None else move.to(DEVICE) for move in moves]
-    # Block ids and positions may be of either width.
-    wide = dtype == torch.float32
-    exchange_rows(
-        keys,
-        values,
-        blocks if wide else blocks.int(),
-        *(move if wide or move is None else move.int() for move in moves),
-    )
-    assert_same_bits(keys, expected[0])
-    assert_same_bits(values, expected[1])
+assert_exchanged = partial(assert_moved, exchange_rows, reference.exchange_rows)
 
 
 SHAPES = [
