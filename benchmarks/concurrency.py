@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stock, avl = (
         Engine(
             model,
-            avl=is_avl,
+            settings={} if is_avl else None,
             pool_bytes=int(args.pool_requests * blocks) * block_bytes,
             block_size=args.block_size,
             max_num_seqs=args.max_num_seqs,

@@ -131,7 +131,7 @@ def measure(
     stock, avl = (
         Engine(
             model,
-            avl=is_avl,
+            settings={} if is_avl else None,
             pool_bytes=(total + args.block_size) * model.bytes_per_token,
             block_size=args.block_size,
             max_num_seqs=len(workload),

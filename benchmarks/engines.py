@@ -59,6 +59,8 @@ class Run:
     """Requests that generate a token, by step."""
     pool_use: list[float] = field(default_factory=list)
     preemptions: int = 0
+    adapted: set[str] = field(default_factory=set)
+    """Requests that were compacted."""
 
     @property
     def output_tokens(self) -> int:
@@ -108,26 +110,29 @@ class Engine:
         self,
         model: Model,
         *,
-        avl: bool,
+        settings: Mapping[str, Any] | None,
         pool_bytes: int,
         block_size: int | None,
         max_num_seqs: int,
         max_model_len: int,
         threads: int,
         max_num_batched_tokens: int = 4096,
+        collects_stats: bool = False,
     ) -> None:
+        """Start it; `settings` are the plug-in's, None is stock."""
         from vllm_avl.testing import engine
 
         torch.set_num_threads(threads)
         self._inside = engine.Engine(
             model.path,
-            avl={} if avl else None,
+            avl=None if settings is None else dict(settings),
             dtype=model.dtype,
             kv_cache_memory_bytes=pool_bytes,
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             max_num_batched_tokens=max_num_batched_tokens,
+            disable_log_stats=not collects_stats,
         )
         self._engine = self._inside.llm.llm_engine
         self._count = 0
@@ -209,6 +214,8 @@ class Engine:
 
 def _record(scheduler: Any, run: Run) -> Callable[[], None]:
     """Note what every `schedule()` of `scheduler` decides; call the result to stop."""
+    from vllm_avl.compat.scheduler import received_plans
+
     schedule = scheduler.schedule
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -223,6 +230,7 @@ def _record(scheduler: Any, run: Run) -> Callable[[], None]:
         )
         run.pool_use.append(scheduler.kv_cache_manager.usage)
         run.preemptions += len(output.preempted_req_ids or ())
+        run.adapted |= set(received_plans(output))
         # Some request computes more than the one token of a decode step.
         scheduled = output.num_scheduled_tokens
         run.prompt_step.append(any(count > 1 for count in scheduled.values()))

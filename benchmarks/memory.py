@@ -79,7 +79,7 @@ def start(
     longest = request.num_tokens + args.block_size
     return Engine(
         model,
-        avl=avl,
+        settings={} if avl else None,
         pool_bytes=2 * longest * model.bytes_per_token,
         block_size=args.block_size,
         max_num_seqs=1,

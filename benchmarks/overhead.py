@@ -89,7 +89,7 @@ def start(
     return {
         name: Engine(
             model,
-            avl=name == AVL,
+            settings={} if name == AVL else None,
             pool_bytes=2 * len(workload) * longest * model.bytes_per_token,
             block_size=block_size,
             max_num_seqs=len(workload),

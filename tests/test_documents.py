@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
-from vllm_avl.config import AVLConfig
+import pytest
+
+from vllm_avl.config import AVLConfig, RequestOverrides
+from vllm_avl.metrics.definitions import COUNTERS, GAUGES, PREFIX
 from vllm_avl.plan import make_plan
 
-METHOD = Path(__file__).parents[1] / "docs" / "method.md"
+ROOT = Path(__file__).parents[1]
+METHOD = ROOT / "docs" / "method.md"
 PROMPT = 600
 """5 text tokens, 576 vision tokens and 19 text tokens."""
 
@@ -33,3 +37,17 @@ def test_the_worked_example_of_text_eviction():
         f"n = {third[0]} (R = {third[1]})."
     )
     assert expected in " ".join(METHOD.read_text().split())
+
+
+def test_every_metric_is_in_the_table():
+    rows = (ROOT / "docs" / "observing.md").read_text().splitlines()
+    for kind, metrics in (("counter", COUNTERS), ("gauge", GAUGES)):
+        for metric in metrics:
+            assert f"| `{PREFIX}{metric.name}` | {kind} | {metric.help} |" in rows
+
+
+@pytest.mark.parametrize("settings", [AVLConfig, RequestOverrides])
+def test_every_setting_is_in_the_readme(settings):
+    readme = (ROOT / "README.md").read_text()
+    for name in settings.model_fields:
+        assert f"| `{name}` |" in readme

@@ -96,6 +96,26 @@ class AVLConfig(BaseModel):
         description="how core is read: from blocks of its own, or through an index "
         "list inside the attention kernel (CUDA)",
     )
+    engage: Literal["always", "pressure"] = Field(
+        "always",
+        description="which requests are adapted: all, or those that arrive while "
+        "blocks are short",
+    )
+    engage_pool_use: Ratio = Field(
+        0.8,
+        description="part of the pool that running and waiting requests must want "
+        "before requests are adapted (engage: pressure)",
+    )
+    release_pool_use: Ratio = Field(
+        0.6,
+        description="part of the pool below which requests are left alone again, at "
+        "most engage_pool_use",
+    )
+    show_content: Switch = Field(
+        False,
+        description="keep the remembered requests' pictures and answers, for whoever "
+        "may open the page",
+    )
     introspection: int = Field(
         0,
         ge=0,
@@ -170,6 +190,7 @@ def parse_config(additional_config: Mapping[str, Any]) -> AVLConfig:
         )
     config = _validate(AVLConfig, settings, SERVER_PREFIX)
     _check_core(config, f"{SERVER_PREFIX}vision_core_ratio")
+    _check_pressure(config)
     return config
 
 
@@ -217,6 +238,14 @@ def _check_core(config: AVLConfig, name: str) -> None:
         )
 
 
+def _check_pressure(config: AVLConfig) -> None:
+    if config.release_pool_use > config.engage_pool_use:
+        raise ValueError(
+            f"{SERVER_PREFIX}release_pool_use = {config.release_pool_use!r}: must be "
+            f"at most engage_pool_use = {config.engage_pool_use!r}"
+        )
+
+
 RATIO = "a number in (0, 1]"
 COUNT = "an integer from 0 to 2147483647"
 POLICY = f"one of {', '.join(POLICIES)}"
@@ -231,6 +260,10 @@ ALLOWED = {
     "text_decay": RATIO,
     "head_reduction": "mean or max",
     "executor": "pack or gather",
+    "engage": "always or pressure",
+    "engage_pool_use": RATIO,
+    "release_pool_use": f"{RATIO}, at most engage_pool_use",
+    "show_content": "true or false",
     "observation_window": "an integer from 1 to 256, or null",
     "refresh_all_ranks": "true or false",
     "introspection": "an integer from 0 to 256",

@@ -1,11 +1,13 @@
 """What a worker remembers of its requests, and what it tells of them."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from vllm_avl.backend.introspection import report
+from vllm_avl.backend.history import MAX_SELECTIONS, CoreHistory
+from vllm_avl.backend.introspection import report, timeline
 from vllm_avl.backend.request import RequestState
 from vllm_avl.backend.rows import LayerRows
 from vllm_avl.backend.step import Step, WorkerRequests, current_step, executing
@@ -175,7 +177,8 @@ def test_a_remembered_request_keeps_its_report_and_no_sums():
     requests.running["a"] = state
     before = report("a", state)
     requests.update(["a"], (), {})
-    assert report("a", requests.find("a")) == before
+    after = report("a", requests.find("a"))
+    assert after == replace(before, running=False)
     assert state.layers[1].sums is None
 
 
@@ -208,6 +211,50 @@ def test_the_latest_request_of_a_name_is_found():
     assert requests.find("a") is requests.finished[1][1]
     requests.update((), (), {"a": state_of().plan})
     assert requests.find("a") is requests.running["a"]
+
+
+def test_a_request_is_found_by_the_id_its_answer_carries():
+    requests = WorkerRequests(2)
+    finish(requests, "chatcmpl-7-0a1b2c3d")
+    assert requests.find("chatcmpl-7") is requests.finished[0][1]
+    assert requests.find("chatcmpl") is None
+
+
+def test_the_newest_come_first():
+    requests = WorkerRequests(2)
+    finish(requests, "a", "b")
+    requests.update((), (), {name: state_of().plan for name in "cd"})
+    assert [name for name, _ in requests.known()] == ["d", "c", "b", "a"]
+    assert [state.running for _, state in requests.known()] == [True] * 2 + [False] * 2
+
+
+def test_a_timeline_names_each_length_at_which_blocks_change():
+    state = state_of()
+    held = [(at.num_tokens, at.held, at.stock) for at in timeline(state.plan, 30)]
+    assert held == [(22, 6, 6), (22, 4, 6), (25, 5, 7), (29, 6, 8), (30, 6, 8)]
+
+
+def test_selections_are_told_in_the_order_they_were_made():
+    state = answering(introspection=1)
+    history = state.layers[1].history
+    history.note(22, torch.tensor([[3, 4, 19, 20, 25]]), 20)
+    history.note(25, torch.tensor([CORE + TEXT + [20, 21]]), 20)
+    (layer,) = report("r", state).layers
+    assert [(told.num_tokens, told.core) for told in layer.history] == [
+        (22, [[3, 4]]),
+        (25, [sorted(CORE)]),
+    ]
+
+
+def test_many_selections_are_thinned_out():
+    history = CoreHistory()
+    for step in range(10 * MAX_SELECTIONS):
+        history.note(step, torch.tensor([[step % 7]]), 7)
+    lengths = [num_tokens for num_tokens, _ in history]
+    assert len(lengths) <= MAX_SELECTIONS
+    assert lengths[0] == 0
+    assert lengths == sorted(lengths)
+    assert lengths[-1] == 10 * MAX_SELECTIONS - 1
 
 
 def test_rows_of_a_batch_are_looked_up_by_name():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = ["concurrency.py", "overhead.py", "memory.py", "decode.py"]
+SCRIPTS = ["concurrency.py", "overhead.py", "memory.py", "decode.py", "operation.py"]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -17,6 +17,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
         ("overhead.py", "ratio"),
         ("memory.py", "transient_fits"),
         ("decode.py", "refresh_ratio"),
+        ("operation.py", "adapted"),
     ],
 )
 def test_quick(script, column, tmp_path):

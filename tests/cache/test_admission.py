@@ -9,6 +9,7 @@ from vllm.v1.request import Request
 
 from vllm_avl.cache.admission import plan_request, vision_ranges
 from vllm_avl.config import AVLConfig
+from vllm_avl.metrics.definitions import Stock
 
 
 def feature(offset, length, modality="image", is_embed=None):
@@ -29,25 +30,27 @@ def plan(*args, **kwargs):
 IMAGE = [feature(5, 576)]
 
 
+def asking(**xargs):
+    return {"params": SamplingParams(max_tokens=8, extra_args=xargs)}
+
+
 def test_a_picture_is_adaptive():
     assert plan(IMAGE).private_from > 0
     assert plan([feature(5, 576, "video")]) == plan(IMAGE)
 
 
 @pytest.mark.parametrize(
-    ("features", "options"),
+    ("features", "options", "reason"),
     [
-        ([], {}),
-        ([feature(5, 576, "audio")], {}),
-        ([feature(5, 4)], {}),
-        (IMAGE, {"params": SamplingParams(max_tokens=1)}),
-        (IMAGE, {"params": SamplingParams(max_tokens=8, extra_args={"avl": 0})}),
-        (
-            IMAGE,
-            {"params": SamplingParams(max_tokens=8, extra_args={"avl_store_ratio": 1})},
-        ),
-        (IMAGE, {"pooling": PoolingParams(task="embed")}),
-        (IMAGE, {"resumable": True}),
+        ([], {}, Stock.NO_VISION),
+        ([feature(5, 576, "audio")], {}, Stock.NO_VISION),
+        ([feature(5, 4)], {}, Stock.NOTHING_TO_SAVE),
+        (IMAGE, {"params": SamplingParams(max_tokens=1)}, Stock.ONE_TOKEN),
+        (IMAGE, asking(avl=0), Stock.OFF),
+        (IMAGE, asking(avl_policy="full"), Stock.POLICY_FULL),
+        (IMAGE, asking(avl_store_ratio=1), Stock.NOTHING_TO_SAVE),
+        (IMAGE, {"pooling": PoolingParams(task="embed")}, Stock.POOLING),
+        (IMAGE, {"resumable": True}, Stock.STREAMING_INPUT),
     ],
     ids=[
         "text",
@@ -55,13 +58,14 @@ def test_a_picture_is_adaptive():
         "nothing-to-free",
         "one-token",
         "off",
+        "full",
         "all-stored",
         "pooling",
         "streaming-session",
     ],
 )
-def test_served_as_stock(features, options):
-    assert plan(features, **options) is None
+def test_served_as_stock(features, options, reason):
+    assert plan(features, **options) is reason
 
 
 def test_a_ratio_of_the_requests_own():

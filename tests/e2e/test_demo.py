@@ -1,12 +1,16 @@
 """`make demo`, as somebody with a fresh clone runs it."""
 
 import re
+import signal
 import subprocess
 import sys
 
+import httpx
 import pytest
 
 from vllm_avl.testing import demo
+
+COMMAND = [sys.executable, "-u", "-m", "vllm_avl.testing.demo"]
 
 
 def blocks(output: str, row: str) -> int:
@@ -14,17 +18,40 @@ def blocks(output: str, row: str) -> int:
     return int(re.split(r"\s{2,}", line.strip())[1])
 
 
-def test_the_demo_shows_freed_blocks(tmp_path):
-    command = [sys.executable, "-m", "vllm_avl.testing.demo"]
-    run = subprocess.run(
-        [*command, "--images", "1", "--store-ratio", "0.25"],
-        cwd=tmp_path,
-        capture_output=True,
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """What the demo printed, and what the page's server said of the request."""
+    run = subprocess.Popen(
+        [*COMMAND, "--images", "1", "--store-ratio", "0.25", "--wait"],
+        cwd=tmp_path_factory.mktemp("demo"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=400,
     )
-    output = run.stdout
-    assert run.returncode == 0, f"{output}\n{run.stderr}"
+    output = ""
+    detail = None
+    for line in run.stdout:
+        output += line
+        if "/avl/#" in line:
+            server, _, name = line.split()[-1].partition("/avl/#")
+            detail = httpx.get(f"{server}/avl/requests/{name}", timeout=60).json()
+        if "until Ctrl-C" in line:
+            run.send_signal(signal.SIGINT)
+    assert run.wait() == 0, output
+    return output, detail
+
+
+def test_the_demo_ends_with_the_page_of_its_request(shown):
+    output, detail = shown
+    assert "Which patches were kept: http://" in output
+    assert detail["answer"] in output
+    assert detail["num_blocks_freed"] == 13
+    assert detail["pictures"][0]["url"].startswith("data:image/png")
+    assert detail["layers"][0]["secondary"][0]
+
+
+def test_the_demo_shows_freed_blocks(shown):
+    output, _ = shown
     kept = blocks(output, "kept with --attention-backend avl")
     stock = blocks(output, "held by stock vLLM")
     freed = blocks(output, "freed for other requests")

@@ -11,6 +11,7 @@ from vllm_avl.backend.ranks import Ranks
 from vllm_avl.backend.request import RequestState, Task
 from vllm_avl.backend.rows import CORE, SECONDARY, LayerRows, Moves, rearrange
 from vllm_avl.backend.selection import Candidates, label_aged_text
+from vllm_avl.metrics.definitions import Stage, key
 from vllm_avl.policies import TokenView
 
 
@@ -70,12 +71,16 @@ class Layer:
             output: [num_tokens, num_heads, head_size] of the step; the row of a
                 request that scores while attending is written here.
         """
+        timed = task.state.timed
         if task.compacts:
-            self._compact(task, query)
+            with timed(Stage.COMPACTION):
+                self._compact(task, query)
         elif task.scores:
-            self._refresh(task, query, output)
+            with timed(Stage.REFRESH):
+                self._refresh(task, query, output)
         if task.num_aged:
-            self._evict_text(task)
+            with timed(Stage.TEXT_EVICTION):
+                self._evict_text(task)
 
     def _compact(self, task: Task, query: torch.Tensor) -> None:
         """Evict minor rows of the prompt, and put core behind secondary."""
@@ -96,6 +101,7 @@ class Layer:
             num_secondary = self._num_secondary(state)
             labels = self._label(task, rows, probabilities, start, num_secondary)
             self._place(task, rows, labels, start)
+            self._note_core(task, rows)
         if not state.keeps_sums:
             rows.sums = None
         elif plan.text_window is not None:
@@ -114,7 +120,9 @@ class Layer:
         if plan.has_core and state.policy.refreshes:
             num_secondary = self._num_secondary(state)
             labels = self._label(task, rows, probabilities, 0, num_secondary)
+            self._count_turnover(task, rows, labels)
             self._place(task, rows, labels, rows.start)
+            self._note_core(task, rows)
 
     def _score_stored(
         self,
@@ -240,6 +248,33 @@ class Layer:
         size = plan.num_core_blocks * plan.block_size
         slots = torch.nonzero_static(rows.listed, size=size).flatten() + rows.start
         self._listing.list_core(self._cache_rows(task, rows, size), slots)
+
+    def _count_turnover(
+        self, task: Task, rows: LayerRows, labels: torch.Tensor
+    ) -> None:
+        """Count what a refresh takes into core, before it is placed."""
+        state, plan = task.state, task.state.plan
+        outside = torch.zeros_like(labels, dtype=torch.bool)
+        outside[:, : self._num_secondary(state)] = True
+        if rows.listed is not None:
+            outside = torch.zeros_like(outside)
+            outside[:, : len(rows.listed)] = ~rows.listed
+        num_selected = plan.num_core_blocks * plan.block_size
+        if not state.policy.ranks_text:
+            num_selected = plan.num_core_vision
+        num_entered = int((outside & (labels == CORE)).sum())
+        state.counts.count(key("core_rows_selected"), num_selected * len(labels))
+        state.counts.count(key("core_rows_entered"), num_entered)
+
+    def _note_core(self, task: Task, rows: LayerRows) -> None:
+        """Remember what ordinary steps read from now on, if somebody asked for it."""
+        state, plan = task.state, task.state.plan
+        if not (plan.config.introspection and plan.has_core):
+            return
+        read = rows.positions[:, self._num_secondary(state) :]
+        if rows.listed is not None:
+            read = rows.positions[:, : len(rows.listed)][:, rows.listed]
+        rows.history.note(task.num_tokens, read, plan.num_full_tokens)
 
     def _num_secondary(self, state: RequestState) -> int:
         plan = state.plan

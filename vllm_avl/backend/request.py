@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from time import perf_counter
 from typing import Any
 
 import torch
 
 from vllm_avl.backend.rows import LayerRows
+from vllm_avl.metrics.counts import Counts
+from vllm_avl.metrics.definitions import Stage, key
 from vllm_avl.plan import Plan
 from vllm_avl.policies import POLICIES, Policy
 
@@ -20,11 +25,14 @@ class RequestState:
     plan: Plan
     device: str | torch.device = "cpu"
     """Of the cache."""
+    counts: Counts = field(default_factory=Counts)
+    """The worker's."""
     layers: dict[int, LayerRows] = field(default_factory=dict)
     """Stored rows by layer index; empty where nobody asks for them again."""
     num_tokens: int = 0
     """Length after the last step."""
     num_refreshes: int = 0
+    running: bool = True
     memo: dict[str, Any] = field(default_factory=dict)
     """Shared by the layers, for the policy."""
 
@@ -86,6 +94,7 @@ class RequestState:
 
     def finish(self) -> None:
         """Keep what a report needs, and no more."""
+        self.running = False
         self.memo.clear()
         for rows in self.layers.values():
             rows.sums = None
@@ -96,6 +105,15 @@ class RequestState:
         """Note what a step does."""
         self.num_tokens = num_tokens
         self.num_refreshes += scores
+        if scores and self.plan.has_core:
+            self.counts.count(key("refreshes"))
+
+    @contextmanager
+    def timed(self, stage: Stage) -> Iterator[None]:
+        """Count the host's time for a layer's work."""
+        start = perf_counter()
+        yield
+        self.counts.count(key("seconds", stage), perf_counter() - start)
 
     def ages(self, positions: torch.Tensor) -> torch.Tensor:
         """Where `positions` are of tokens that may leave the text window."""

@@ -8,9 +8,11 @@ pairs without a slot in common, so they can be done in place and in any order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+from vllm_avl.backend.history import CoreHistory
 
 EVICTED, SECONDARY, CORE = 0, 1, 2
 """Labels of rows. CORE also means what is always read: text, the partial block."""
@@ -32,6 +34,8 @@ class LayerRows:
     listed: torch.Tensor | None = None
     """[num_full_slots], True where a row of the full prompt blocks is in core's list;
     None where core has blocks of its own."""
+    history: CoreHistory = field(default_factory=CoreHistory)
+    """Earlier selections, where they are remembered."""
 
     @property
     def end(self) -> int:

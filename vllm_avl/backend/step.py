@@ -18,6 +18,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_avl.backend.request import RequestState, Turn
 from vllm_avl.backend.view import StepView, make_view
+from vllm_avl.metrics.counts import Counts
 from vllm_avl.plan import Plan
 
 
@@ -29,6 +30,8 @@ class WorkerRequests:
     """Finished requests to remember."""
     device: str | torch.device = "cpu"
     """Of the cache."""
+    counts: Counts = field(default_factory=Counts)
+    """What was done for all requests."""
     running: dict[str, RequestState] = field(default_factory=dict)
     finished: deque[tuple[str, RequestState]] = field(init=False)
     """Oldest first."""
@@ -51,7 +54,8 @@ class WorkerRequests:
         for request_id in preempted:
             self.running.pop(request_id, None)
         self.running |= {
-            name: RequestState(plan, self.device) for name, plan in received.items()
+            name: RequestState(plan, self.device, self.counts)
+            for name, plan in received.items()
         }
 
     def turns(self, spans: Iterable[tuple[str, int, int]]) -> dict[str, Turn]:
@@ -64,9 +68,22 @@ class WorkerRequests:
             if name in self.running
         }
 
+    def known(self) -> Iterator[tuple[str, RequestState]]:
+        """Yield running and then remembered requests by id, the newest first."""
+        yield from reversed(self.running.items())
+        yield from reversed(self.finished)
+
     def find(self, request_id: str) -> RequestState | None:
-        """Return a running or remembered request; the latest of several by that id."""
-        return self.running.get(request_id) or dict(self.finished).get(request_id)
+        """Return a running or remembered request; the latest of several.
+
+        Args:
+            request_id: the engine's, or the one its answer carries, to which the
+                engine has added a suffix.
+        """
+        for name, state in self.known():
+            if request_id in (name, name.rpartition("-")[0]):
+                return state
+        return None
 
 
 @dataclass

@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
+
+from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.request import Request
 
 from vllm_avl.config import AVLConfig, parse_overrides
+from vllm_avl.metrics.definitions import Stock
 from vllm_avl.plan import Plan, make_plan
 from vllm_avl.policies import POLICIES
 
 VISION_MODALITIES = ("image", "video")
 
 
-def plan_request(request: Request, config: AVLConfig, block_size: int) -> Plan | None:
-    """Plan `request`, or return None where it is served exactly as stock.
+def plan_request(request: Request, config: AVLConfig, block_size: int) -> Plan | Stock:
+    """Plan `request`, or say why it is served exactly as stock.
 
-    Stock are: no vision tokens, nothing to save, one output token (scoring, beam
-    search, prefill only), pooling, resumable streaming sessions, `avl: 0`, the policy
-    `full`. Requests with n > 1 reach the scheduler with `avl: 0`.
+    One output token is scoring, beam search and prefill only. Requests with n > 1
+    reach the scheduler with `avl: 0`.
     """
     params = request.sampling_params
-    if params is None or params.max_tokens == 1 or request.resumable:
-        return None
+    if params is None:
+        return Stock.POOLING
+    if params.max_tokens == 1:
+        return Stock.ONE_TOKEN
+    if request.resumable:
+        return Stock.STREAMING_INPUT
     overrides = parse_overrides(params.extra_args)
+    if not overrides.avl:
+        return Stock.OFF
     ranges = vision_ranges(request)
-    if not overrides.avl or not ranges:
-        return None
+    if not ranges:
+        return Stock.NO_VISION
     config = overrides.apply(config)
     if not POLICIES[config.policy].adapts:
-        return None
+        return Stock.POLICY_FULL
     # Of any modality: the last chunk waits for one encoder output only.
     last_encoded = max(f.mm_position.offset for f in request.mm_features)
-    return make_plan(
+    plan = make_plan(
         request.num_prompt_tokens,
         ranges,
         block_size,
@@ -38,13 +48,21 @@ def plan_request(request: Request, config: AVLConfig, block_size: int) -> Plan |
         min(last_encoded, request.num_prompt_tokens - 1),
         request.num_prompt_tokens + request.max_tokens,
     )
+    return Stock.NOTHING_TO_SAVE if plan is None else plan
 
 
 def vision_ranges(request: Request) -> list[tuple[int, int]]:
     """Half-open ranges of the prompt's embedded vision tokens, ascending."""
-    return sorted(
-        (start, last + 1)
-        for feature in request.mm_features
-        if feature.modality in VISION_MODALITIES
-        for start, last in feature.mm_position.extract_embeds_range()
-    )
+    features = filter(is_vision, request.mm_features)
+    return sorted(chain.from_iterable(map(embedded_ranges, features)))
+
+
+def is_vision(feature: MultiModalFeatureSpec) -> bool:
+    """Whether an input's tokens are vision tokens."""
+    return feature.modality in VISION_MODALITIES
+
+
+def embedded_ranges(feature: MultiModalFeatureSpec) -> Iterator[tuple[int, int]]:
+    """Yield half-open ranges of an input's tokens, without its separators."""
+    for start, last in feature.mm_position.extract_embeds_range():
+        yield start, last + 1

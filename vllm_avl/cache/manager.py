@@ -9,6 +9,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
+from vllm_avl.cache.tally import Tally
 from vllm_avl.plan import Plan
 
 
@@ -22,12 +23,19 @@ class AVLManager(FullAttentionManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.plans: dict[str, Plan] = {}
+        self.tally = Tally()
         self._evicting: dict[str, Request] = {}
+        self._num_released: dict[str, int] = {}
 
     def admit(self, request: Request, plan: Plan) -> None:
         """Hold `request` to `plan` until its blocks are freed."""
         self.plans[request.request_id] = plan
         self._evicting[request.request_id] = request
+
+    def leave_alone(self, request_id: str) -> None:
+        """Forget a plan under which nothing has happened yet."""
+        self.plans.pop(request_id, None)
+        self._evicting.pop(request_id, None)
 
     def take_compactions(self, scheduled: dict[str, int]) -> dict[str, Plan]:
         """Return the plans of the requests whose prompt ends in the scheduled step.
@@ -46,6 +54,8 @@ class AVLManager(FullAttentionManager):
                 assert computed == plan.num_prompt_tokens, "a chunk crossed the prompt"
                 self._assert_writable(request_id, plan)
                 compactions[request_id] = plan
+                if request.num_output_tokens == 0:
+                    self.tally.compacted(plan)
         return compactions
 
     def new_step_starts(self) -> None:
@@ -87,12 +97,21 @@ class AVLManager(FullAttentionManager):
         """Forget the request and return its blocks."""
         self.plans.pop(request_id, None)
         self._evicting.pop(request_id, None)
+        self._num_released.pop(request_id, None)
+        self.tally.forget(request_id)
         return super().pop_blocks_for_free(request_id)
 
     def _release(self, request_id: str, num_settled_tokens: int) -> None:
         plan = self.plans[request_id]
         freed = plan.num_freed_blocks(num_settled_tokens)
-        self._remove_blocks_in_range(request_id, 0, freed)
+        before = self._num_released.get(request_id, 0)
+        if freed > before:
+            self._num_released[request_id] = freed
+            blocks = self.req_to_blocks[request_id]
+            self.tally.gave_back(request_id, blocks[before:freed])
+            num_text_blocks = freed - max(before, plan.private_from)
+            self.tally.text_aged(max(num_text_blocks, 0) * plan.block_size)
+            self._remove_blocks_in_range(request_id, 0, freed)
         if num_settled_tokens >= plan.num_prompt_tokens and plan.text_window is None:
             del self._evicting[request_id]
 

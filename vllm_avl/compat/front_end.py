@@ -1,4 +1,4 @@
-"""Checks a request's `vllm_xargs` where it enters, so that bad ones are a 400."""
+"""Meets requests where they enter the front end, and where their answers leave."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
+from vllm_avl.cache.admission import embedded_ranges, is_vision
+from vllm_avl.compat import facts
 from vllm_avl.compat.platform import is_chosen
-from vllm_avl.config import parse_config, parse_overrides
+from vllm_avl.compat.responses import asked_pictures
+from vllm_avl.config import AVLConfig, parse_config, parse_overrides
+from vllm_avl.endpoints.records import RECORDS
 
 
 def check_request(original: Callable[..., EngineCoreRequest]) -> Callable[..., Any]:
@@ -35,9 +39,54 @@ def check_request(original: Callable[..., EngineCoreRequest]) -> Callable[..., A
             own = request.sampling_params
             assert own is not None
             own.extra_args = {**(own.extra_args or {}), "avl": False}
+        if config.introspection and request.mm_features:
+            _remember(request, config)
         return request
 
     return process_inputs
+
+
+def _remember(request: EngineCoreRequest, config: AVLConfig) -> None:
+    """Keep what the page will want to know of a request."""
+    pictures = [f for f in request.mm_features or () if is_vision(f)]
+    record = RECORDS.add(request.request_id)
+    record.picture_ranges = [list(embedded_ranges(f)) for f in pictures]
+    if config.show_content:
+        urls = asked_pictures.get()
+        RECORDS.keep_content(request.request_id, urls, config.introspection)
+
+
+def receive_decisions(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `process_outputs`: take out what the scheduler decided of a request."""
+
+    @functools.wraps(original)
+    def process_outputs(
+        self: Any, engine_core_outputs: list[Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        for output in engine_core_outputs:
+            if output.kv_transfer_params is not None:
+                decision = facts.receive(output)
+                state = self.request_states.get(output.request_id)
+                if decision is not None and state is not None:
+                    RECORDS.add(state.external_req_id).decision = decision
+        return original(self, engine_core_outputs, *args, **kwargs)
+
+    return process_outputs
+
+
+def keep_answer(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `_finish_request`: the page may show the answer."""
+
+    @functools.wraps(original)
+    def _finish_request(self: Any, req_state: Any) -> None:
+        record = RECORDS.find(req_state.external_req_id)
+        if record is not None and record.content is not None:
+            said = req_state.detokenizer
+            record.content.answer = said.output_text
+            record.content.answer_token_ids = tuple(said.output_token_ids)
+        original(self, req_state)
+
+    return _finish_request
 
 
 def _forget_pictures(input_processor: Any, prompt: Any) -> None:

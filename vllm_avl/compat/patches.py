@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_avl.compat import front_end, platform
+from vllm_avl.compat import front_end, platform, responses, stats
 from vllm_avl.compat.seam import Patch, Seam
 
 SEAMS: tuple[Seam, ...] = (
@@ -29,6 +32,25 @@ SEAMS: tuple[Seam, ...] = (
         "schedule",
         ("self", "throttle_prefills"),
         "the step's message",
+    ),
+    Seam(
+        Scheduler,
+        "update_from_output",
+        ("self", "scheduler_output", "model_runner_output"),
+        "what workers counted arrives; decisions leave with first tokens",
+    ),
+    Seam(
+        Scheduler,
+        "make_stats",
+        (
+            "self",
+            "spec_decoding_stats",
+            "kv_connector_stats",
+            "cudagraph_stats",
+            "perf_stats",
+            "ec_connector_stats",
+        ),
+        "what an engine counted leaves",
     ),
     Seam(
         FullAttentionManager,
@@ -60,6 +82,12 @@ SEAMS: tuple[Seam, ...] = (
         "execute_model",
         ("self", "scheduler_output"),
         "the plans arrive",
+    ),
+    Seam(
+        Worker,
+        "sample_tokens",
+        ("self", "grammar_output"),
+        "what the step counted leaves",
     ),
     Seam(
         Worker,
@@ -100,6 +128,53 @@ PATCHES: tuple[Patch, ...] = (
         "a bad vllm_xargs value must be a 400; n > 1 is known in the front end only",
         wrap=front_end.check_request,
         until="vLLM has a hook that validates SamplingParams.extra_args",
+    ),
+    Patch(
+        StatLoggerManager,
+        "__init__",
+        (
+            "self",
+            "vllm_config",
+            "engine_idxs",
+            "custom_stat_loggers",
+            "enable_default_loggers",
+            "aggregate_engine_logging",
+            "client_count",
+        ),
+        "a stat logger plug-in turns statistics on in every server it is installed "
+        "beside, and cannot come first",
+        wrap=stats.add_logger,
+        until="SchedulerStats has a field for plug-ins",
+    ),
+    Patch(
+        OutputProcessor,
+        "process_outputs",
+        (
+            "self",
+            "engine_core_outputs",
+            "engine_core_timestamp",
+            "iteration_stats",
+            "weight_version",
+        ),
+        "how a request is served has to reach the front end",
+        wrap=front_end.receive_decisions,
+        until="EngineCoreOutput has a field for plug-ins",
+    ),
+    Patch(
+        OutputProcessor,
+        "_finish_request",
+        ("self", "req_state"),
+        "the page shows finished answers, where it may",
+        wrap=front_end.keep_answer,
+        until="the front end has a hook for finished requests",
+    ),
+    Patch(
+        OpenAIServingChat,
+        "create_chat_completion",
+        ("self", "request", "raw_request"),
+        "a response has to say how its request was served",
+        wrap=responses.say_in_usage,
+        until="vLLM lets plug-ins extend a response's usage",
     ),
 )
 

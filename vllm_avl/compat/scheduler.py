@@ -7,16 +7,24 @@ the ones written here before the engine starts.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from itertools import chain, islice
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_avl.cache.admission import plan_request
 from vllm_avl.cache.manager import AVLManager
+from vllm_avl.cache.pressure import Pressure
+from vllm_avl.compat import facts, stats
 from vllm_avl.config import parse_config
+from vllm_avl.metrics.definitions import Stock
 from vllm_avl.plan import Plan, limit_chunk
 
 
@@ -29,13 +37,14 @@ class _Adaptive(Scheduler):
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers
         assert isinstance(manager, AVLManager)
         self._avl_manager = manager
+        self._avl_pressure = Pressure(self._avl_config)
+        self._avl_decisions: dict[str, Plan | Stock] = {}
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
         manager = self._avl_manager
-        plan = manager.plans.get(request.request_id) or plan_request(
-            request, self._avl_config, manager.block_size
-        )
-        if plan is None:
+        plan = self._decide(request)
+        if isinstance(plan, Stock):
+            manager.leave_alone(request.request_id)
             return super()._get_local_prefix_cache_hit(request)
         manager.admit(request, plan)
         return super()._get_local_prefix_cache_hit(self._limit_hits(request, plan))
@@ -53,10 +62,78 @@ class _Adaptive(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         output = super().schedule(throttle_prefills)
+        for new in output.scheduled_new_reqs:
+            decision = self._avl_decisions.get(new.req_id)
+            # A resumed request is among the new ones of model runner V2.
+            if isinstance(decision, Stock) and self._is_first_run(new.req_id):
+                self._avl_manager.tally.left_alone(decision)
+        for request_id in output.finished_req_ids:
+            self._avl_decisions.pop(request_id, None)
         plans = self._avl_manager.take_compactions(output.num_scheduled_tokens)
         if plans:
             send_plans(output, plans)
         return output
+
+    def update_from_output(
+        self,
+        scheduler_output: SchedulerOutput,
+        model_runner_output: ModelRunnerOutput,
+    ) -> dict[int, EngineCoreOutputs]:
+        counts = stats.attached_counts(model_runner_output)
+        self._avl_manager.tally.counts.add(counts)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for of_client in outputs.values():
+            for output in of_client.outputs:
+                decision = self._avl_decisions.get(output.request_id)
+                # It comes with the first token.
+                if output.prefill_stats is not None and decision is not None:
+                    facts.send(output, decision)
+        return outputs
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        made = super().make_stats(*args, **kwargs)
+        if made is not None:
+            (group,) = self.kv_cache_config.kv_cache_groups
+            message = self._avl_manager.tally.take(
+                self.kv_cache_manager.block_pool,
+                group.kv_cache_spec.page_size_bytes * len(group.layer_names),
+                engaged=self._avl_pressure.engaged,
+            )
+            stats.send(made, message)
+        return made
+
+    def _decide(self, request: Request) -> Plan | Stock:
+        """Plan a request that wants blocks, until it has run for the first time."""
+        known = self._avl_decisions.get(request.request_id)
+        settled = request.num_preemptions or self._avl_config.engage == "always"
+        if known is not None and settled:
+            return known
+        manager = self._avl_manager
+        decision = plan_request(request, self._avl_config, manager.block_size)
+        if isinstance(decision, Plan):
+            pool = self.kv_cache_manager.block_pool
+            num_blocks = pool.num_gpu_blocks - 1
+            held = num_blocks - pool.get_num_free_blocks()
+            wanted = self._blocks_wanted(request)
+            if not self._avl_pressure.update(held, wanted, num_blocks):
+                decision = Stock.NO_PRESSURE
+        self._avl_decisions[request.request_id] = decision
+        return decision
+
+    def _blocks_wanted(self, request: Request) -> Iterator[int]:
+        """Blocks that prompts lack: of `request`, running ones, and of who may come."""
+        running = (
+            r for r in self.running if r.num_computed_tokens < r.num_prompt_tokens
+        )
+        seats = self.max_num_running_reqs - len(self.running) - 1
+        waiting = (other for other in self.waiting if other is not request)
+        may_come = islice(waiting, max(seats, 0))
+        for prompt in chain([request], running, may_come):
+            lacking = prompt.num_tokens - prompt.num_computed_tokens
+            yield -(-lacking // self._avl_manager.block_size)
+
+    def _is_first_run(self, request_id: str) -> bool:
+        return self.requests[request_id].num_preemptions == 0
 
     def _limit_hits(self, request: Request, plan: Plan) -> Request:
         """Return a view of `request` that knows only the hashes it may hit.

@@ -11,12 +11,19 @@ from typing import Any
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_avl.backend.introspection import RequestReport, report
+from vllm_avl.backend.introspection import (
+    RequestReport,
+    RequestSummary,
+    report,
+    summarize,
+)
 from vllm_avl.backend.step import Step, WorkerRequests, executing
 from vllm_avl.cache.spec import AVLSpec
 from vllm_avl.compat.scheduler import received_plans
+from vllm_avl.compat.stats import attach_counts
 from vllm_avl.config import parse_config
 from vllm_avl.support import check_groups
 
@@ -47,6 +54,16 @@ class AVLWorker(Worker):
         with executing(Step(turns, self._row_ids)):
             return super().execute_model(scheduler_output)
 
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample, and let the step's counts travel with its tokens."""
+        output = super().sample_tokens(grammar_output)
+        counts = self._avl_requests.counts.take()
+        if isinstance(output, AsyncModelRunnerOutput):
+            return _Counted(output, counts)
+        if counts:
+            attach_counts(output, counts)
+        return output
+
     def _row_ids(self, common: CommonAttentionMetadata) -> Sequence[str]:
         """Request ids in the order of the batch's rows."""
         if not self.use_v2_model_runner:
@@ -57,13 +74,33 @@ class AVLWorker(Worker):
 
     def avl_requests(self) -> list[str]:
         """Return the ids that `avl_report` knows, the oldest first."""
-        requests = self._avl_requests
-        return [name for name, _ in requests.finished] + list(requests.running)
+        return [name for name, _ in self._avl_requests.known()][::-1]
+
+    def avl_summaries(self) -> list[RequestSummary]:
+        """Return the numbers of all that `avl_report` knows, the newest first."""
+        return [summarize(name, state) for name, state in self._avl_requests.known()]
 
     def avl_report(self, request_id: str) -> RequestReport | None:
         """Return what a running or remembered request stores on this rank."""
         state = self._avl_requests.find(request_id)
         return None if state is None else report(request_id, state)
+
+
+class _Counted(AsyncModelRunnerOutput):
+    """An output that is still on the device, and the counts of its step."""
+
+    def __init__(
+        self, output: AsyncModelRunnerOutput, counts: dict[str, float]
+    ) -> None:
+        self._output = output
+        self._counts = counts
+
+    def get_output(self) -> ModelRunnerOutput:
+        """Wait for the output."""
+        output = self._output.get_output()
+        if self._counts:
+            attach_counts(output, self._counts)
+        return output
 
 
 def spans(scheduler_output: SchedulerOutput) -> Iterator[tuple[str, int, int]]:

@@ -2,6 +2,7 @@
 
 The blocks are read from the server's /metrics while the answer streams: once with
 adaptive attention, once with `avl: 0` in the request, which is what stock vLLM does.
+Then the page below /avl/ shows which patches were kept.
 """
 
 from __future__ import annotations
@@ -9,183 +10,44 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import transformers
-from PIL import Image
 
 from vllm_avl.config import parse_config
 from vllm_avl.testing import models
+from vllm_avl.testing.held_blocks import Question, ask, table
 from vllm_avl.testing.server import (
     ONE_THREAD,
     Server,
     ServerError,
     json_option,
-    picture_url,
     serve,
-    user_message,
 )
 
 CACHE = Path(".cache")
+REMEMBERED = 8
 SERVE_PORT = 8000
 QUESTION = "What is in the picture?"
 GIBBERISH = (
     "The demo model is small and its weights are random: the words are gibberish, the "
     "serving is real."
 )
-# The prompt's blocks come free in the step after its last chunk: skip the first words.
-FIRST_SAMPLE = 8
 SHORTEST_ANSWER = 100
-EVERY_CHUNK = {"include_usage": True, "continuous_usage_stats": True}
-ENOUGH = 3
-"""Samples of a run that can be compared."""
-ATTEMPTS = 5
-"""A busy machine samples so seldom that an answer may end before there are enough."""
 DEMO_MODEL_OPTIONS = (
     *("--dtype", "float32", "--enforce-eager"),
     *("--kv-cache-memory-bytes", str(64 << 20)),
 )
 
 
-@dataclass(frozen=True)
-class Question:
-    """What is asked: the same for both runs."""
-
-    pictures: Sequence[Image.Image]
-    text: str
-    max_tokens: int
-
-
-@dataclass
-class Measurement:
-    """What the server reported while one answer was streaming."""
-
-    block_size: int
-    num_prompt_tokens: int = 0
-    held_blocks: dict[int, int] = field(default_factory=dict)
-    """Blocks held, by the number of answer tokens that were there at that time."""
-
-    def nth_block(self, length: int) -> int | None:
-        """Block being filled at a length; None too near to its borders to say."""
-        block, filled = divmod(self.num_prompt_tokens + length, self.block_size)
-        return block if 2 <= filled < self.block_size - 2 else None
-
-    @property
-    def usable(self) -> dict[int, int]:
-        """`held_blocks` at the lengths that can be compared."""
-        return {
-            length: held
-            for length, held in self.held_blocks.items()
-            if self.nth_block(length) is not None
-        }
-
-
-def ask(server: Server, question: Question, *, avl: bool) -> Measurement:
-    """Stream one answer to the terminal and sample the blocks held meanwhile.
-
-    Raises:
-        ServerError: the server was too busy to be sampled.
-    """
-    measured = Measurement(server.metrics().block_size)
-    for attempt in range(ATTEMPTS):
-        shown = question.max_tokens if attempt == 0 else 0
-        _sample(server, question, measured, avl=avl, shown=shown)
-        if len(measured.usable) >= ENOUGH:
-            print("\n")
-            return measured
-    raise ServerError(
-        f"too few looks at /metrics in {ATTEMPTS} answers: raise --max-tokens"
-    )
-
-
-def _sample(
-    server: Server, question: Question, measured: Measurement, *, avl: bool, shown: int
-) -> None:
-    """Stream an answer, print its first `shown` chunks, and add to `measured`."""
-    urls = [picture_url(picture) for picture in question.pictures]
-    messages: list[Any] = [user_message(question.text, urls)]
-    xargs = {} if avl else {"vllm_xargs": {"avl": 0}}
-    before = settled_tokens(server)
-    stream = server.client().chat.completions.create(
-        model=server.model,
-        messages=messages,
-        # The answer goes on, unseen, until there are enough samples.
-        max_tokens=4 * question.max_tokens,
-        temperature=0,
-        stream=True,
-        extra_body={"ignore_eos": True, "stream_options": EVERY_CHUNK, **xargs},
-    )
-    for number, chunk in enumerate(stream):
-        if number < shown:
-            for choice in chunk.choices:
-                print(choice.delta.content or "", end="", flush=True)
-        if chunk.usage is not None:
-            measured.num_prompt_tokens = chunk.usage.prompt_tokens
-        if number >= FIRST_SAMPLE:
-            metrics = server.metrics()
-            length = metrics.num_generated_tokens - before
-            # The answer may have ended since its chunk was sent.
-            if metrics.held_blocks > 0:
-                measured.held_blocks[length] = metrics.held_blocks
-        if number >= shown and len(measured.usable) >= ENOUGH:
-            break
-    stream.close()
-
-
-def settled_tokens(server: Server) -> int:
-    """Return the tokens generated so far, once an aborted answer adds no more."""
-    tokens = -1
-    while tokens != (now := server.metrics().num_generated_tokens):
-        tokens = now
-        time.sleep(0.5)
-    return tokens
-
-
-def compare(avl: Measurement, stock: Measurement) -> tuple[int, int, int]:
-    """Return a length of the answer, and the blocks either run held at that length.
-
-    The runs are sampled at other lengths: the nearest are taken, and the blocks that an
-    answer grows by in between are added.
-    """
-    _, theirs, ours = min(
-        (abs(ours - theirs), theirs, ours)
-        for ours in avl.usable
-        for theirs in stock.usable
-    )
-    grown = (stock.nth_block(theirs) or 0) - (stock.nth_block(ours) or 0)
-    return theirs, avl.held_blocks[ours] + grown, stock.held_blocks[theirs]
-
-
-def table(server: Server, avl: Measurement, stock: Measurement) -> str:
-    """Lay the two measurements side by side."""
-    metrics = server.metrics()
-    pool, size = metrics.num_blocks, metrics.block_size
-    length, kept, whole = compare(avl, stock)
-    rows = (
-        ("held by stock vLLM (avl: 0)", whole),
-        ("kept with --attention-backend avl", kept),
-        ("freed for other requests", whole - kept),
-    )
-    head = (
-        f"KV cache after {stock.num_prompt_tokens} prompt and {length} answer tokens, "
-        "from the server's /metrics"
-    )
-    lines = [head, f"{'':36}{'blocks':>8}{'tokens':>8}{'of the pool':>13}"]
-    for name, blocks in rows:
-        share = f"{blocks / pool:.1%}"
-        lines.append(f"  {name:34}{blocks:>8}{blocks * size:>8}{share:>13}")
-    return "\n".join(lines)
-
-
 def how_to_ask(server: Server) -> str:
     """Return what to type to ask the running server."""
     return f"""\
-The server listens on {server.url} (log: {server.log}). Ask it, from another terminal:
+The server listens on {server.url} (log: {server.log}).
+What it keeps and reads: {page(server)}
+Ask it, from another terminal:
 
   from openai import OpenAI
   client = OpenAI(base_url="{server.url}/v1", api_key="none")
@@ -200,10 +62,33 @@ The server listens on {server.url} (log: {server.log}). Ask it, from another ter
 Ctrl-C stops it."""
 
 
+def page(server: Server, request_id: str = "") -> str:
+    """Return the address of the page, or of one request on it."""
+    return f"{server.url}/avl/" + (f"#{request_id}" if request_id else "")
+
+
+def show_on_page(server: Server, question: Question) -> str:
+    """Ask once more, to the end of the answer; return where the page shows it."""
+    completion = server.client().chat.completions.create(
+        model=server.model,
+        messages=question.messages,
+        max_tokens=question.max_tokens,
+        temperature=0,
+        extra_body={"ignore_eos": True},
+    )
+    return page(server, completion.id)
+
+
 def server_options(args: argparse.Namespace) -> list[str]:
     """Return the arguments of `vllm serve`."""
     options = ["--attention-backend", "avl"]
-    settings = {"vision_store_ratio": args.store_ratio}
+    settings = {
+        "vision_store_ratio": args.store_ratio,
+        "vision_core_ratio": args.core_ratio,
+        "introspection": REMEMBERED,
+        # The server listens to this machine only.
+        "show_content": True,
+    }
     options += json_option("--additional-config", {"avl": settings})
     options += json_option("--limit-mm-per-prompt", {"image": args.images})
     if args.model is None:
@@ -215,7 +100,7 @@ def server_options(args: argparse.Namespace) -> list[str]:
 
 
 def demo(server: Server, args: argparse.Namespace) -> None:
-    """Ask twice and compare."""
+    """Ask twice and compare, then say where to look."""
     pictures = [models.random_image(seed) for seed in range(args.images)]
     question = Question(pictures, QUESTION, args.max_tokens)
     print(f"{QUESTION} ({args.images} of them, store ratio {args.store_ratio})")
@@ -224,11 +109,22 @@ def demo(server: Server, args: argparse.Namespace) -> None:
     print("stock:")
     stock = ask(server, question, avl=False)
     print(table(server, avl, stock))
+    print(f"\nWhich patches were kept: {show_on_page(server, question)}")
+    if args.wait:
+        print("The server runs until Ctrl-C.", flush=True)
+        wait(server)
+    else:
+        print("The server has stopped; --wait keeps it until Ctrl-C.")
 
 
 def leave_running(server: Server) -> None:
     """Keep the server in the foreground until Ctrl-C or its own end."""
     print(how_to_ask(server))
+    wait(server)
+
+
+def wait(server: Server) -> None:
+    """Wait for Ctrl-C, or for the server's own end."""
     code = server.process.wait()
     raise ServerError(f"vllm serve ended with exit status {code}; see {server.log}")
 
@@ -249,7 +145,8 @@ def started(args: argparse.Namespace) -> Iterator[Server]:
         log=log,
         port=args.port,
         timeout=args.timeout,
-        environment=ONE_THREAD if args.model is None else {"HF_HUB_OFFLINE": "0"},
+        environment={"VLLM_PLUGINS": "avl"}
+        | (ONE_THREAD if args.model is None else {"HF_HUB_OFFLINE": "0"}),
         report=print,
     ) as server:
         yield server
@@ -274,6 +171,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "default: %(default)s",
     )
     add(
+        "--core-ratio",
+        type=float,
+        metavar="RATIO",
+        help="vision tokens that ordinary steps read; default: half of those stored",
+    )
+    add(
+        "--wait",
+        action=argparse.BooleanOptionalAction,
+        default=sys.stdin.isatty(),
+        help="leave the server running behind the answers; default: in a terminal",
+    )
+    add(
         "--images",
         type=int,
         default=2,
@@ -293,6 +202,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="seconds to start; default: %(default)s",
     )
     args = parser.parse_args(argv)
+    if args.core_ratio is None:
+        args.core_ratio = args.store_ratio / 2
     check(parser, args)
     if args.serve and args.port is None:
         args.port = SERVE_PORT
@@ -309,9 +220,16 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             f"--max-tokens = {args.max_tokens}: must be at least {SHORTEST_ANSWER}"
         )
     try:
-        parse_config({"avl": {"vision_store_ratio": args.store_ratio}})
+        parse_config(
+            {
+                "avl": {
+                    "vision_store_ratio": args.store_ratio,
+                    "vision_core_ratio": args.core_ratio,
+                }
+            }
+        )
     except ValueError as error:
-        parser.error(f"--store-ratio: {error}")
+        parser.error(f"--store-ratio, --core-ratio: {error}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

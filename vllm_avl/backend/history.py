@@ -1,0 +1,45 @@
+"""Which prompt tokens were core after each selection, for people to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+MAX_SELECTIONS = 64
+
+
+@dataclass
+class CoreHistory:
+    """One layer's selections, a bit a token; thinned out where they become many."""
+
+    _selections: list[tuple[int, npt.NDArray[np.uint8]]] = field(default_factory=list)
+    """Length of the request, and [num_rankings, cdiv(num_full_tokens, 8)] bits."""
+
+    def note(
+        self, num_tokens: int, positions: torch.Tensor, num_full_tokens: int
+    ) -> None:
+        """Remember one selection.
+
+        Args:
+            num_tokens: length of the request after the step.
+            positions: [num_rankings, num_rows] original positions of what ordinary
+                steps read from now on.
+            num_full_tokens: tokens of the full prompt blocks; others are not ranked.
+        """
+        if len(self._selections) == MAX_SELECTIONS:
+            del self._selections[1::2]
+        shape = len(positions), num_full_tokens + 1
+        read = torch.zeros(shape, dtype=torch.bool, device=positions.device)
+        read.scatter_(1, positions.clamp(max=num_full_tokens), True)
+        bits = np.packbits(read[:, :num_full_tokens].cpu().numpy(), axis=1)
+        self._selections.append((num_tokens, bits))
+
+    def __iter__(self) -> Iterator[tuple[int, list[set[int]]]]:
+        """Yield each selection's length and the positions read, by ranking."""
+        for num_tokens, bits in self._selections:
+            read = np.unpackbits(bits, axis=1)
+            yield num_tokens, [set(np.flatnonzero(row).tolist()) for row in read]

@@ -1,0 +1,1 @@
+"""What `/avl/...` answers: configuration, totals, requests, and the page."""

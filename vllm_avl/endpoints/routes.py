@@ -1,0 +1,165 @@
+"""The routes below /avl: what they take, and who may call them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
+from fastapi.routing import APIRoute
+from fastapi.staticfiles import StaticFiles
+from starlette.responses import Response
+
+from vllm_avl.endpoints import schema
+from vllm_avl.endpoints.detail import describe, read_reports, read_summaries
+from vllm_avl.endpoints.records import RECORDS
+from vllm_avl.metrics.pool import POOL
+
+STATIC = Path(__file__).parent / "static"
+MAX_LISTED = 256
+POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'"
+HEADERS = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}
+FAULTS: dict[int | str, dict[str, Any]] = {
+    401: {"model": schema.Fault, "description": "the server has an API key"},
+    404: {"model": schema.Fault, "description": "there is no such thing"},
+    422: {"model": schema.Fault, "description": "a value that is not allowed"},
+    503: {"model": schema.Fault, "description": "the engine does not answer"},
+}
+
+
+class ProblemError(Exception):
+    """Ends a request with a status and a reason."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+
+
+class _Route(APIRoute):
+    """Answers what goes wrong as `schema.Fault`, whatever the application does."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handled(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except ProblemError as problem:
+                return _fault(problem.status, str(problem))
+            except RequestValidationError as error:
+                return _fault(422, "; ".join(map(_sentence, error.errors())))
+
+        return handled
+
+
+def _fault(status: int, detail: str) -> JSONResponse:
+    return JSONResponse(schema.Fault(detail=detail).model_dump(), status)
+
+
+def _sentence(fault: Any) -> str:
+    return f"{fault['loc'][-1]} = {fault['input']!r}: {fault['msg'].lower()}"
+
+
+def attach(app: FastAPI, may_read: Callable[[Request], bool]) -> None:
+    """Add the page, which holds no data, and the routes that give it some.
+
+    Args:
+        app: has the engine as `state.avl_engine` once it is up.
+        may_read: whether a request carries the server's API key.
+    """
+    page = APIRouter(prefix="/avl", include_in_schema=False)
+
+    @page.get("")
+    async def redirect(request: Request) -> RedirectResponse:
+        return RedirectResponse(f"{request.scope.get('root_path', '')}/avl/")
+
+    @page.get("/")
+    async def show() -> FileResponse:
+        return FileResponse(STATIC / "index.html", headers=HEADERS)
+
+    app.include_router(page)
+    app.include_router(_data(may_read))
+    app.mount("/avl/static", StaticFiles(directory=STATIC), name="avl-static")
+
+
+def _data(may_read: Callable[[Request], bool]) -> APIRouter:
+    router = APIRouter(
+        prefix="/avl", tags=["vllm-avl"], route_class=_Route, responses=FAULTS
+    )
+
+    def engine_of(request: Request) -> Any:
+        if not may_read(request):
+            raise ProblemError(401, "send the server's key: Authorization: Bearer KEY")
+        return request.app.state.avl_engine
+
+    @router.get("/config", summary="What the server was started with")
+    async def config(request: Request) -> schema.Config:
+        engine = engine_of(request)
+        settings = engine.config
+        return schema.Config(
+            version=version("vllm-avl"),
+            vllm_version=engine.vllm_version,
+            model=engine.model,
+            settings=settings.model_dump(),
+            block_size=engine.block_size,
+            num_blocks=engine.num_blocks,
+            shows_content=settings.show_content,
+            remembers=settings.introspection,
+        )
+
+    @router.get("/stats", summary="Totals, and the pool's recent past")
+    async def stats(request: Request) -> schema.Stats:
+        engine = engine_of(request)
+        assert engine.config
+        return schema.Stats(
+            metrics=engine.metrics(),
+            num_blocks=engine.num_blocks,
+            block_size=engine.block_size,
+            pool=[schema.PoolSample(**vars(sample)) for sample in POOL.timeline()],
+        )
+
+    @router.get("/requests", summary="Adaptive requests, running or remembered")
+    async def requests(
+        request: Request, limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = 64
+    ) -> schema.Requests:
+        engine = engine_of(request)
+        remembers = engine.config.introspection
+        found = [
+            summary
+            for ranks in await engine.ask("avl_summaries")
+            for summary in read_summaries(ranks[0], engine.external_id)
+        ]
+        return schema.Requests(requests=found[:limit], remembers=remembers)
+
+    @router.get(
+        "/requests/{request_id}", summary="One adaptive request, layer by layer"
+    )
+    async def one_request(request: Request, request_id: str) -> schema.Detail:
+        engine = engine_of(request)
+        config = engine.config
+        for ranks in await engine.ask("avl_report", request_id):
+            reports = read_reports(ranks)
+            if reports:
+                record = RECORDS.find(request_id)
+                tokens = (
+                    record.content.answer_token_ids if record and record.content else ()
+                )
+                return describe(
+                    request_id,
+                    reports,
+                    record,
+                    engine.hf_config,
+                    await engine.decode(tokens),
+                    shows_content=config.show_content,
+                )
+        raise ProblemError(
+            404,
+            f"request {request_id!r} is not adaptive, not here, or no longer "
+            f"remembered; {config.introspection} finished requests are",
+        )
+
+    return router

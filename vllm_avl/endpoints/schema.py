@@ -1,0 +1,156 @@
+"""What the endpoints answer, as OpenAPI describes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positions = list[int]
+"""Original positions in the request, prompt first, ascending."""
+
+
+class Answer(BaseModel):
+    """Base of all answers: nothing is in them that is not described."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Fault(Answer):
+    """Why there is no answer."""
+
+    detail: str
+
+
+class Config(Answer):
+    """What the server was started with."""
+
+    version: str = Field(description="of vllm-avl")
+    vllm_version: str
+    model: str
+    settings: dict[str, Any] = Field(
+        description="additional_config.avl, defaults filled in"
+    )
+    block_size: int = Field(description="tokens a KV block holds")
+    num_blocks: int | None = Field(description="blocks of one engine's pool")
+    shows_content: bool = Field(
+        description="whether pictures and answers are kept for the page"
+    )
+    remembers: int = Field(description="finished requests whose rows are remembered")
+
+
+class PoolSample(Answer):
+    """One engine's pool at one moment."""
+
+    time: float = Field(description="seconds since 1970")
+    engine: int
+    held: int = Field(description="blocks that requests hold")
+    stock: int = Field(description="blocks that they would hold without eviction")
+
+
+class Stats(Answer):
+    """Totals since the start, and the pool's recent past."""
+
+    metrics: dict[str, float] = Field(
+        description="every vllm_avl_* metric; labels other than model and engine are "
+        "appended as {label=value}"
+    )
+    num_blocks: int | None
+    block_size: int
+    pool: list[PoolSample] = Field(description="oldest first, at most one a second")
+
+
+class Summary(Answer):
+    """One adaptive request in the list."""
+
+    id: str
+    running: bool
+    policy: str
+    num_prompt_tokens: int
+    num_tokens: int = Field(description="prompt and answer, evicted or not")
+    num_vision_tokens: int
+    num_refreshes: int
+    num_blocks_held: int
+    num_blocks_freed: int
+
+
+class Requests(Answer):
+    """Adaptive requests that are running or remembered."""
+
+    requests: list[Summary] = Field(description="newest first")
+    remembers: int = Field(description="finished requests that are remembered")
+
+
+class Grid(Answer):
+    """A rectangle of the picture whose patches are consecutive tokens, by rows."""
+
+    start: int = Field(description="position of the upper left patch")
+    rows: int
+    columns: int
+    box: tuple[float, float, float, float] = Field(
+        description="left, upper, right, lower as fractions of the picture"
+    )
+
+
+class Picture(Answer):
+    """One picture of the prompt."""
+
+    ranges: list[tuple[int, int]] = Field(
+        description="half-open ranges of positions of its vision tokens"
+    )
+    width: int | None = Field(description="pixels; null where it was not kept")
+    height: int | None
+    url: str | None = Field(description="data URL; null where it was not kept")
+    grids: list[Grid] = Field(
+        description="where its tokens lie; empty where that is not known"
+    )
+
+
+class Selection(Answer):
+    """Core as it was chosen at one step."""
+
+    num_tokens: int = Field(description="length of the request after that step")
+    core: list[Positions] = Field(description="one list, or one a KV head")
+
+
+class Layer(Answer):
+    """One layer of one tensor-parallel rank.
+
+    Lists have one entry where all KV heads hold the same tokens, else one a KV head.
+    """
+
+    layer: int
+    rank: int
+    core: list[Positions] = Field(description="read by every step")
+    secondary: list[Positions] = Field(description="stored, read on refresh steps")
+    evicted: list[Positions] = Field(description="gone")
+    text: list[Positions] = Field(description="everything else that is stored")
+    history: list[Selection] = Field(
+        description="core at prefill and at each refresh, oldest first"
+    )
+
+
+class Held(Answer):
+    """The request's blocks at one length."""
+
+    num_tokens: int
+    held: int
+    stock: int
+
+
+class Detail(Summary):
+    """One adaptive request in full."""
+
+    settings: dict[str, Any] = Field(description="the settings that hold for it")
+    ranked_ranges: list[tuple[int, int]] = Field(
+        description="half-open ranges of positions of the vision tokens that can be "
+        "evicted; those behind are always stored"
+    )
+    timeline: list[Held] = Field(description="each length at which a count changes")
+    pictures: list[Picture]
+    layers: list[Layer]
+    answer: str | None = Field(description="null where it is not shown")
+    answer_tokens: list[str] | None = Field(description="as answer, token by token")
+    hidden: str | None = Field(
+        description="why picture and answer are not shown; null where they are"
+    )

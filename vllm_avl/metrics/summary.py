@@ -1,0 +1,65 @@
+"""The lines that the log shows: what is on, and what it did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm_avl.config import AVLConfig
+from vllm_avl.metrics.collectors import Message
+from vllm_avl.metrics.counts import Counts
+from vllm_avl.metrics.definitions import Stock, key
+
+
+@dataclass
+class Summary:
+    """What all engines reported since the last line."""
+
+    _counts: Counts = field(default_factory=Counts)
+    _held: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Blocks held, and what stock would hold, by engine."""
+
+    def add(self, message: Message, engine: int) -> None:
+        """Take one engine's message."""
+        self._counts.add(message.counts)
+        levels = message.levels
+        self._held[engine] = (
+            int(levels[key("kv_blocks_held")]),
+            int(levels[key("kv_blocks_stock")]),
+        )
+
+    def take_line(self) -> str | None:
+        """Return what has happened since the last line; None where nothing has."""
+        counts = self._counts.take()
+        adapted = counts.get(key("requests_adapted"), 0)
+        alone = {
+            reason: number
+            for reason in Stock
+            if (number := counts.get(key("requests_left_alone", reason), 0))
+        }
+        if not adapted and not alone:
+            return None
+        reasons = ", ".join(f"{name} {number:.0f}" for name, number in alone.items())
+        held = sum(held for held, _ in self._held.values())
+        stock = sum(stock for _, stock in self._held.values())
+        return (
+            f"adapted {adapted:.0f} requests, left {sum(alone.values()):.0f} alone"
+            f"{f' ({reasons})' if reasons else ''}; "
+            f"freed {counts.get(key('blocks_freed_early'), 0):.0f} blocks early; "
+            f"{held} blocks held now, {stock} without eviction"
+        )
+
+
+def describe_settings(config: AVLConfig) -> str:
+    """Return what a server's settings mean, in a line."""
+    parts = [
+        f"adaptive attention is on: policy {config.policy}, engage {config.engage}",
+        f"stores {config.vision_store_ratio:g} of vision",
+    ]
+    if config.core_ratio < config.vision_store_ratio and config.core_refresh_interval:
+        parts.append(
+            f"reads {config.core_ratio:g}, chosen every "
+            f"{config.core_refresh_interval} steps ({config.executor})"
+        )
+    if config.text_keep_ratio < 1:
+        parts.append(f"keeps {config.text_keep_ratio:g} of text")
+    return ", ".join(parts)
