@@ -73,8 +73,10 @@ class Layer:
         """
         timed = task.state.timed
         if task.compacts:
+            with timed(Stage.SCORING):
+                probabilities = self._score_prompt(task, query)
             with timed(Stage.COMPACTION):
-                self._compact(task, query)
+                self._compact(task, probabilities)
         elif task.scores:
             with timed(Stage.REFRESH):
                 self._refresh(task, query, output)
@@ -82,15 +84,17 @@ class Layer:
             with timed(Stage.TEXT_EVICTION):
                 self._evict_text(task)
 
-    def _compact(self, task: Task, query: torch.Tensor) -> None:
+    def _score_prompt(self, task: Task, query: torch.Tensor) -> torch.Tensor:
+        """[num_heads, num_prompt_tokens] attention from the scoring rows."""
+        plan = task.state.plan
+        rows = query[task.query_end - plan.num_scoring_rows : task.query_end]
+        return self.cache.scores(rows, task.blocks, plan.num_prompt_tokens)
+
+    def _compact(self, task: Task, probabilities: torch.Tensor) -> None:
         """Evict minor rows of the prompt, and put core behind secondary."""
         state, plan = task.state, task.state.plan
-        probabilities = self.cache.scores(
-            query[task.query_end - plan.num_scoring_rows : task.query_end],
-            task.blocks,
-            plan.num_prompt_tokens,
-        )
-        positions = torch.arange(plan.num_prompt_tokens, device=query.device)
+        device = probabilities.device
+        positions = torch.arange(plan.num_prompt_tokens, device=device)
         rows = LayerRows(0, positions.unsqueeze(0))
         if state.policy.per_head:
             rows.split_heads(self.cache.num_kv_heads)

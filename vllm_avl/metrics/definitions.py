@@ -24,6 +24,7 @@ class Stock(StrEnum):
 class Stage(StrEnum):
     """What a worker does for adaptive requests after its attention."""
 
+    SCORING = "scoring"
     COMPACTION = "compaction"
     REFRESH = "refresh"
     TEXT_EVICTION = "text_eviction"
@@ -84,9 +85,9 @@ COUNTERS = (
     ),
     Metric(
         "seconds",
-        "Host seconds of the first worker, besides attention. stage: compaction "
-        "(scoring the prompt, moving rows), refresh (scoring, choosing core; on a CPU "
-        "with that step's attention), text_eviction.",
+        "Host seconds of the first worker, besides attention. stage: scoring (the "
+        "prompt), compaction (ranking, moving rows), refresh (scoring, choosing core, and "
+        "on a CPU attention), text_eviction.",
         Stage,
     ),
 )

@@ -5,7 +5,7 @@ import random
 import pytest
 from prometheus_client import REGISTRY
 
-from vllm_avl.metrics.definitions import COUNTERS, PREFIX, Stock
+from vllm_avl.metrics.definitions import COUNTERS, PREFIX, Stage, Stock
 from vllm_avl.testing import models
 from vllm_avl.testing.engine import Ask, Engine
 
@@ -158,7 +158,7 @@ def test_who_is_left_alone_is_counted_by_reason(engine, ask, reason):
 def test_time_is_counted_by_stage(engine):
     before = {
         stage: metric(engine, "seconds_total", stage=stage)
-        for stage in ("compaction", "refresh", "text_eviction")
+        for stage in Stage
     }
     engine.ask([Ask((1,), "Why?", 100, (*CORE, ("avl_text_keep_ratio", 0.3)))])
     for stage, seconds in before.items():
