@@ -23,9 +23,12 @@ def test_wheel(tmp_path):
         for file in (ROOT / folder).rglob("*.py"):
             path = file.relative_to(ROOT).as_posix()
             assert path.replace("kernels/", "vllm_avl/kernels/") in names
+    for file in (ROOT / "vllm_avl" / "endpoints" / "static").iterdir():
+        assert file.relative_to(ROOT).as_posix() in names
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"vllm_avl"}
     text = zipfile.ZipFile(wheel).read(
         next(name for name in names if name.endswith("entry_points.txt"))
     )
     assert b"avl = vllm_avl.plugin:register" in text
+    assert b"avl = vllm_avl.compat.endpoint:AVLEndpoints" in text

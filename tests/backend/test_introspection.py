@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_avl.backend.history import MAX_SELECTIONS, CoreHistory
+from vllm_avl.backend.history import CoreHistory
 from vllm_avl.backend.introspection import report, timeline
 from vllm_avl.backend.request import RequestState
 from vllm_avl.backend.rows import LayerRows
@@ -246,15 +246,18 @@ def test_selections_are_told_in_the_order_they_were_made():
     ]
 
 
-def test_many_selections_are_thinned_out():
+@pytest.mark.parametrize(("num_rankings", "limit"), [(1, 64), (8, 8), (100, 2)])
+def test_many_selections_are_thinned_out(num_rankings, limit):
     history = CoreHistory()
-    for step in range(10 * MAX_SELECTIONS):
-        history.note(step, torch.tensor([[step % 7]]), 7)
-    lengths = [num_tokens for num_tokens, _ in history]
-    assert len(lengths) <= MAX_SELECTIONS
-    assert lengths[0] == 0
+    for step in range(1000):
+        history.note(step, torch.tensor([[step % 7]] * num_rankings), 7)
+    told = list(history.among(torch.arange(7)))
+    assert len(told) <= limit
+    lengths = [num_tokens for num_tokens, _ in told]
     assert lengths == sorted(lengths)
-    assert lengths[-1] == 10 * MAX_SELECTIONS - 1
+    assert (lengths[0], lengths[-1]) == (0, 999)
+    for length, read in told:
+        assert read == [[length % 7]] * num_rankings
 
 
 def test_rows_of_a_batch_are_looked_up_by_name():

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-MAX_SELECTIONS = 64
+MAX_RANKINGS = 64
+"""Of all selections of a layer: with a ranking for each KV head they are fewer."""
 
 
 @dataclass
@@ -30,7 +31,7 @@ class CoreHistory:
                 steps read from now on.
             num_full_tokens: tokens of the full prompt blocks; others are not ranked.
         """
-        if len(self._selections) == MAX_SELECTIONS:
+        if len(self._selections) >= max(MAX_RANKINGS // len(positions), 2):
             del self._selections[1::2]
         shape = len(positions), num_full_tokens + 1
         read = torch.zeros(shape, dtype=torch.bool, device=positions.device)
@@ -38,8 +39,13 @@ class CoreHistory:
         bits = np.packbits(read[:, :num_full_tokens].cpu().numpy(), axis=1)
         self._selections.append((num_tokens, bits))
 
-    def __iter__(self) -> Iterator[tuple[int, list[set[int]]]]:
-        """Yield each selection's length and the positions read, by ranking."""
+    def among(self, positions: torch.Tensor) -> Iterator[tuple[int, list[list[int]]]]:
+        """Yield each selection's length, and which of `positions` it read, by ranking.
+
+        Args:
+            positions: [num_positions] of full prompt blocks, ascending, int64.
+        """
+        wanted = positions.cpu().numpy()
         for num_tokens, bits in self._selections:
-            read = np.unpackbits(bits, axis=1)
-            yield num_tokens, [set(np.flatnonzero(row).tolist()) for row in read]
+            read = np.unpackbits(bits, axis=1)[:, wanted] != 0
+            yield num_tokens, [wanted[row].tolist() for row in read]

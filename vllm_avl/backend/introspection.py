@@ -152,7 +152,7 @@ def _report_layer(index: int, rows: LayerRows, state: RequestState) -> LayerRepo
         evicted.append(sorted(ranked - behind - read))
         text.append(sorted(read - ranked))
     history = [
-        CoreSelection(num_tokens, [sorted(read & ranked) for read in by_ranking])
-        for num_tokens, by_ranking in rows.history
+        CoreSelection(num_tokens, core)
+        for num_tokens, core in rows.history.among(state.candidates)
     ]
     return LayerReport(index, core, secondary, evicted, text, history)

@@ -3,7 +3,7 @@
 import { NeedsKey, Refused, Unreachable, get, hasKey, setKey } from "./api.js";
 import { $, element, number, plural, say } from "./dom.js";
 import { hideRequest, listen, showRequest } from "./request.js";
-import { showTotals } from "./totals.js";
+import { listenToTotals, showTotals } from "./totals.js";
 
 const POLL_MS = 2000;
 // A long answer's history is large: asked for again after some rest only.
@@ -99,7 +99,7 @@ function item(request) {
     element(
       "small",
       { class: "muted" },
-      `${running ? "running · " : ""}${number(num_prompt_tokens)} prompt tokens · ${number(num_blocks_held)} of ${plural(stock, "block")} held`,
+      `${running ? "running · " : ""}${number(num_prompt_tokens)} prompt tokens · ${number(num_blocks_held)} of stock's ${plural(stock, "block")}`,
     ),
   );
   return element("li", {}, link);
@@ -171,5 +171,6 @@ $("key-form").addEventListener("submit", (event) => {
 window.addEventListener("hashchange", choose);
 document.addEventListener("visibilitychange", poll);
 listen();
+listenToTotals();
 poll();
 setInterval(poll, POLL_MS);

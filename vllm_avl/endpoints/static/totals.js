@@ -16,6 +16,7 @@ const REASONS = {
 };
 
 let drawn = "";
+let fillTable = () => {};
 
 export function showTotals(stats, config) {
   showTiles(stats);
@@ -141,15 +142,23 @@ function showPool(stats) {
     capacity,
     cursor: null,
   });
-  const rows = points.map((p) => [ago(last.x - p.x), p.held, p.stock]);
-  refill($("pool-table"), table("Blocks over time", ["when", "held", "stock"], rows.reverse()));
+  fillTable = () => showPoolTable(points);
+  fillTable();
 }
 
-function refill(place, content) {
-  const box = place.firstElementChild ?? scroller("Blocks over time");
-  if (box.textContent === content.textContent) return;
-  box.replaceChildren(content);
-  if (!box.isConnected) place.replaceChildren(box);
+/** Many rows: only while somebody looks, and in the same box, which keeps its scroll. */
+function showPoolTable(points) {
+  const place = $("pool-table");
+  if (!place.closest("details").open) return;
+  const last = points.at(-1);
+  const rows = points.map((p) => [ago(last.x - p.x), p.held, p.stock]).reverse();
+  if (!place.firstElementChild) place.append(scroller("Blocks over time"));
+  place.firstElementChild.replaceChildren(table("Blocks over time", ["when", "held", "stock"], rows));
+}
+
+/** Wire what is opened, once. */
+export function listenToTotals() {
+  $("pool-table").closest("details").addEventListener("toggle", () => fillTable());
 }
 
 function ago(seconds) {
