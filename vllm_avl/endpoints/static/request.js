@@ -1,9 +1,10 @@
 // One request: its picture layer by layer and step by step, its answer, its blocks.
 
-import { chart } from "./charts.js";
-import { $, element, number, percent, plural, say, scroller, table } from "./dom.js";
+import { showAnswer } from "./answer.js";
+import { $, element, number, percent, plural, say, scroller } from "./dom.js";
 import { paint } from "./paint.js";
 import { panelsOf } from "./panels.js";
+import { showTimeline } from "./timeline.js";
 import {
   CORE,
   GONE,
@@ -168,8 +169,8 @@ function draw() {
   const layer = layers()[chosen.layer];
   const found = layer ? states(detail, layer, chosen.head, lengthNow()) : null;
   showSliders(layer);
-  showAnswer(layer ? found : null);
-  showTimeline();
+  showAnswer(detail, chosen.step, found);
+  showTimeline(detail, lengthNow());
   const picture = detail.pictures[chosen.picture];
   if (!found || !picture) return;
   const counts = count(found, positionsOf(picture.ranges));
@@ -249,75 +250,6 @@ function showLegend(counts) {
 }
 
 const swatch = () => element("canvas", { class: "swatch", "aria-hidden": "true" });
-
-function showAnswer(found) {
-  const tokens = detail.answer_tokens ?? (detail.answer === null ? null : [detail.answer]);
-  const place = $("answer");
-  place.hidden = tokens === null;
-  if (tokens === null) {
-    say($("answer-says"), detail.hidden ?? "The answer is not known.");
-    return;
-  }
-  const single = detail.answer_tokens === null;
-  place.replaceChildren(...tokens.map((text, index) => token(text, index, found, single)));
-  keepInSight(place, place.querySelector(".now"));
-  const gone = place.querySelectorAll(".gone").length;
-  const parts = [single ? "" : `${plural(Math.min(chosen.step + 1, tokens.length), "token")} of ${number(tokens.length)} at this step.`];
-  if (gone > 0) parts.push(`Struck out: ${plural(gone, "token")} evicted from this layer since.`);
-  say($("answer-says"), parts.join(" ").trim());
-}
-
-/** Scroll the box only: the page stays where it is. */
-function keepInSight(place, now) {
-  if (!now) return;
-  const top = now.offsetTop - place.offsetTop;
-  if (top < place.scrollTop || top + now.offsetHeight > place.scrollTop + place.clientHeight) {
-    place.scrollTop = top - place.clientHeight / 2;
-  }
-}
-
-function token(text, index, found, single) {
-  const position = detail.num_prompt_tokens + index;
-  const classes = [];
-  if (!single && index > chosen.step) classes.push("later");
-  if (!single && index === chosen.step) classes.push("now");
-  if (!single && found && position < detail.num_tokens && found[position] === GONE) classes.push("gone");
-  return element("span", { "data-step": index, class: classes.join(" ") || null }, text);
-}
-
-function showTimeline() {
-  const line = detail.timeline;
-  if (line.length === 0) {
-    say($("timeline-says"), "Nothing has been recorded yet.");
-    $("timeline").replaceChildren();
-    $("timeline-table").replaceChildren();
-    return;
-  }
-  const last = line.at(-1);
-  const freed = detail.num_blocks_freed;
-  say(
-    $("timeline-says"),
-    `${plural(last.held, "block")} held at ${plural(detail.num_tokens, "token")}; stock would hold ${number(last.stock)}, ${number(freed)} more.`,
-  );
-  const points = line.map(({ num_tokens, held, stock }) => ({ x: num_tokens, held, stock }));
-  // The prompt is held whole before its blocks come free: begin with some of that.
-  const lead = Math.max(1, Math.round(lastStep(detail) / 20));
-  points.unshift({ ...points[0], x: points[0].x - lead });
-  chart($("timeline"), {
-    points,
-    to: detail.num_tokens,
-    label: "Blocks held over the answer's length; as a table below",
-    nameX: (value) => (value <= detail.num_prompt_tokens ? "prompt" : number(value - detail.num_prompt_tokens)),
-    xLabel: "tokens of the answer",
-    capacity: null,
-    cursor: lengthNow(),
-  });
-  const rows = line.map(({ num_tokens, held, stock }) => [num_tokens, held, stock]);
-  const content = table("Blocks at each length where a count changes", ["tokens", "held", "stock"], rows);
-  if ($("timeline-table").textContent !== content.textContent) {
-    $("timeline-table").replaceChildren(scroller("Blocks of this request", content));
-  }
-}
 
 function showMap(found) {
   const maps = panels.map((panel) =>

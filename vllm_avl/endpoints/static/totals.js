@@ -137,7 +137,7 @@ function showPool(stats) {
     points,
     to: last.x,
     label: `Blocks held by all requests over ${plural(last.x - points[0].x, "second")}; as a table below`,
-    nameX: (value) => ago(last.x - value),
+    nameX: clock,
     xLabel: "time",
     capacity,
     cursor: null,
@@ -150,8 +150,7 @@ function showPool(stats) {
 function showPoolTable(points) {
   const place = $("pool-table");
   if (!place.closest("details").open) return;
-  const last = points.at(-1);
-  const rows = points.map((p) => [ago(last.x - p.x), p.held, p.stock]).reverse();
+  const rows = points.map((p) => [clock(p.x), p.held, p.stock]).reverse();
   if (!place.firstElementChild) place.append(scroller("Blocks over time"));
   place.firstElementChild.replaceChildren(table("Blocks over time", ["when", "held", "stock"], rows));
 }
@@ -161,8 +160,5 @@ export function listenToTotals() {
   $("pool-table").closest("details").addEventListener("toggle", () => fillTable());
 }
 
-function ago(seconds) {
-  if (seconds < 0.5) return "now";
-  if (seconds < 100) return `−${Math.round(seconds)} s`;
-  return `−${Math.round(seconds / 60)} min`;
-}
+/** Time of the day of seconds since 1970. */
+const clock = (seconds) => new Date(1000 * seconds).toLocaleTimeString();
