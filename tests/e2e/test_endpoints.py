@@ -129,6 +129,9 @@ def test_the_page_needs_no_key_and_runs_no_foreign_script(server):
     answer = get(server, "/", None)
     assert answer.status_code == 200
     assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
+    script = get(server, "/static/main.js", None)
+    for file in (answer, script):
+        assert file.headers["Cache-Control"] == "no-cache"
     redirect = get(server, "", None)
     assert redirect.headers["location"] == "/avl/"
 

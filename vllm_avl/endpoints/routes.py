@@ -22,7 +22,12 @@ from vllm_avl.metrics.pool import POOL
 STATIC = Path(__file__).parent / "static"
 MAX_LISTED = 256
 POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'"
-HEADERS = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    # A browser must not mix files of two versions.
+    "Cache-Control": "no-cache",
+}
 FAULTS: dict[int | str, dict[str, Any]] = {
     401: {"model": schema.Fault, "description": "the server has an API key"},
     404: {"model": schema.Fault, "description": "there is no such thing"},
@@ -56,6 +61,15 @@ class _Route(APIRoute):
         return handled
 
 
+class _Files(StaticFiles):
+    """The page's files, with its headers."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(HEADERS)
+        return response
+
+
 def _fault(status: int, detail: str) -> JSONResponse:
     return JSONResponse(schema.Fault(detail=detail).model_dump(), status)
 
@@ -83,7 +97,7 @@ def attach(app: FastAPI, may_read: Callable[[Request], bool]) -> None:
 
     app.include_router(page)
     app.include_router(_data(may_read))
-    app.mount("/avl/static", StaticFiles(directory=STATIC), name="avl-static")
+    app.mount("/avl/static", _Files(directory=STATIC), name="avl-static")
 
 
 def _data(may_read: Callable[[Request], bool]) -> APIRouter:
@@ -136,7 +150,7 @@ def _data(may_read: Callable[[Request], bool]) -> APIRouter:
         return schema.Requests(requests=found[:limit], remembers=remembers)
 
     @router.get(
-        "/requests/{request_id}", summary="One adaptive request, layer by layer"
+        "/requests/{request_id:path}", summary="One adaptive request, layer by layer"
     )
     async def one_request(request: Request, request_id: str) -> schema.Detail:
         engine = engine_of(request)
