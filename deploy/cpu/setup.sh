@@ -35,10 +35,15 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
 # torch first and exactly: a range would take the CUDA build.
 step 2 "torch (CPU)"
 "${pip[@]}" install -q --no-deps --no-compile "$(grep '^torch==' "$here/requirements.txt")"
+site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+grep -q '^cuda.*= None' "$site/torch/version.py" || {
+  echo "setup: pip found no CPU build of torch for $("$python" --version); use Python 3.11, or name" \
+    "PyTorch's CPU package index in PIP_EXTRA_INDEX_URL, then: rm -rf $venv" >&2
+  exit 1
+}
 step 3 "vLLM and $(grep -c == "$here/requirements.txt") pinned packages"
 "${pip[@]}" install -q --no-deps --no-compile -r "$here/requirements.txt"
 step 4 "torchvision beside a CPU torch"
-site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 cp "$here/torchvision_cpu.py" "$site/torchvision_cpu.py"
 echo "import torchvision_cpu" >"$site/torchvision_cpu.pth"
 step 5 "vllm-avl (editable)"

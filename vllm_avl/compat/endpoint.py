@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from argparse import Namespace
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -110,7 +109,7 @@ class AVLEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         """Register the routes, behind the server's API key."""
-        keys = app.state.args.api_key or [os.environ.get("VLLM_API_KEY")]
+        keys = app.state.args.api_key or [envs.VLLM_API_KEY]
         tokens = [key for key in keys if key]
         # vLLM's own middleware guards fixed prefixes, and ours is not among them.
         guard = AuthenticationMiddleware(app, tokens)

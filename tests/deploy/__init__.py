@@ -1,0 +1,1 @@
+"""What is deployed: files checked, and run where they can be."""
