@@ -62,6 +62,7 @@ class _Adaptive(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         output = super().schedule(throttle_prefills)
+        self._send_pictures(output)
         for new in output.scheduled_new_reqs:
             decision = self._avl_decisions.get(new.req_id)
             # A resumed request is among the new ones of model runner V2.
@@ -134,6 +135,15 @@ class _Adaptive(Scheduler):
 
     def _is_first_run(self, request_id: str) -> bool:
         return self.requests[request_id].num_preemptions == 0
+
+    def _send_pictures(self, output: SchedulerOutput) -> None:
+        """Let workers have the pictures that prefix-cache hits cover, too.
+
+        vLLM leaves them out and does not send them when a preempted request resumes
+        without those hits: the worker then fails, and with it the engine.
+        """
+        for new in output.scheduled_new_reqs:
+            new.mm_features = self.requests[new.req_id].mm_features
 
     def _limit_hits(self, request: Request, plan: Plan) -> Request:
         """Return a view of `request` that knows only the hashes it may hit.

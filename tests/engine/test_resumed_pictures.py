@@ -1,0 +1,55 @@
+"""A preempted request that has lost its prefix-cache hits: its pictures are sent."""
+
+import pytest
+
+from vllm_avl.testing import models
+from vllm_avl.testing.engine import Ask, Engine
+
+SIZE = models.ModelSize(
+    hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_size=32
+)
+STOCK = (("avl", 0),)
+ASK = Ask((1, 2), "What do you see?", 40, STOCK)
+
+
+@pytest.fixture
+def start(tmp_path):
+    checkpoint = models.build("llava", tmp_path / "llava", SIZE)
+    engines = []
+
+    def start(avl):
+        # The encoder's cache holds one picture.
+        options = {"max_model_len": 1400, "max_num_batched_tokens": 600}
+        memory = {"kv_cache_memory_bytes": 200 * 32 * 512}
+        engines.append(Engine(checkpoint, avl=avl, **options, **memory))
+        return engines[-1]
+
+    yield start
+    for engine in engines:
+        engine.shutdown()
+
+
+def resume_without_hits(engine, ask):
+    """Answer `ask` from cached blocks at first, and from none once it was preempted."""
+    (expected,) = engine.ask([ask])
+    engine.add("again", ask)
+    engine.step()
+    engine.step()
+    engine.llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+    # Other pictures take the encoder's cache.
+    engine.add("other", Ask((7, 8), "And here?", 2, STOCK))
+    answers = {}
+    while engine.llm.llm_engine.has_unfinished_requests():
+        answers |= engine.step()
+    return answers["again"], expected
+
+
+def test_it_is_answered_as_if_nothing_had_happened(start):
+    tokens, expected = resume_without_hits(start({}), ASK)
+    assert tokens == expected
+
+
+def test_vllm_alone_still_ends_the_engine(start):
+    """When this fails, `_send_pictures` in compat/scheduler.py can go."""
+    with pytest.raises(RuntimeError, match="Encoder cache miss"):
+        resume_without_hits(start(None), Ask(ASK.images, ASK.text, ASK.max_tokens))
