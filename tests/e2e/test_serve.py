@@ -8,7 +8,14 @@ import openai
 import pytest
 
 from vllm_avl.testing import models
-from vllm_avl.testing.server import data_url, free_port, png, user_message
+from vllm_avl.testing.server import (
+    ONE_THREAD,
+    data_url,
+    free_port,
+    png,
+    serve,
+    user_message,
+)
 
 RATIO = "must be a number in (0, 1]"
 SWITCH = "must be 0 or 1"
@@ -190,3 +197,27 @@ def test_a_client_that_leaves_midway_frees_its_blocks(asker, pictures):
     running = "vllm:num_requests_running"
     eventually(lambda: server.metric(running) == 0, "the aborted request is gone")
     eventually(lambda: server.metrics().held_blocks == 0, "all blocks are free")
+
+
+def test_a_refused_request_leaves_the_cache_of_pictures_as_it_was(
+    checkpoints, tmp_path, asker, pictures
+):
+    num_cached = 7
+    gigabytes = 1.05 * num_cached * 336 * 336 * 3 * 4 / 2**30
+    options = (
+        *("--attention-backend", "avl", "--dtype", "float32", "--enforce-eager"),
+        *("--max-model-len", "1024", "--kv-cache-memory-bytes", str(16 << 20)),
+        *("--mm-processor-cache-gb", f"{gigabytes:.4f}"),
+    )
+    with serve(
+        checkpoints("llava"), options, log=tmp_path / "log", environment=ONE_THREAD
+    ) as server:
+        small = type(asker)(server)
+        for seed in range(num_cached):
+            small.answer(pictures(seed))
+        last = pictures(num_cached - 1)
+        status, _ = small.refusal(small.body([last], vllm_xargs={"avl": 2}))
+        assert status == 400
+        # It takes the first one's place, in the front end and in the engine.
+        small.answer(pictures(100))
+        small.answer(pictures(0))

@@ -33,10 +33,12 @@ class CoreHistory:
         """
         if len(self._selections) >= max(MAX_RANKINGS // len(positions), 2):
             del self._selections[1::2]
-        shape = len(positions), num_full_tokens + 1
-        read = torch.zeros(shape, dtype=torch.bool, device=positions.device)
-        read.scatter_(1, positions.clamp(max=num_full_tokens), True)
-        bits = np.packbits(read[:, :num_full_tokens].cpu().numpy(), axis=1)
+        # NumPy: on this little data, torch would take three times as long.
+        rows = np.minimum(positions.cpu().numpy(), num_full_tokens)
+        read = np.zeros((len(rows), num_full_tokens + 1), np.bool_)
+        rankings = np.arange(len(rows))[:, None]
+        read.ravel()[(rows + rankings * read.shape[1]).ravel()] = True
+        bits = np.packbits(read[:, :num_full_tokens], axis=1)
         self._selections.append((num_tokens, bits))
 
     def among(self, positions: torch.Tensor) -> Iterator[tuple[int, list[list[int]]]]:

@@ -11,10 +11,10 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
 from vllm_avl.cache.admission import embedded_ranges, is_vision
-from vllm_avl.compat import facts
+from vllm_avl.compat import facts, overrides
 from vllm_avl.compat.platform import is_chosen
 from vllm_avl.compat.responses import asked_pictures
-from vllm_avl.config import AVLConfig, parse_config, parse_overrides
+from vllm_avl.config import AVLConfig
 from vllm_avl.endpoints.records import RECORDS
 
 
@@ -28,11 +28,10 @@ def check_request(original: Callable[..., EngineCoreRequest]) -> Callable[..., A
         if not is_chosen(self.vllm_config) or not isinstance(params, SamplingParams):
             return original(self, request_id, prompt, params, *args, **kwargs)
         try:
-            config = parse_config(self.vllm_config.additional_config)
-            parse_overrides(params.extra_args).apply(config)
-        except ValueError as error:
+            config = overrides.check(self.vllm_config, params.extra_args)
+        except VLLMValidationError:
             _forget_pictures(self, prompt)
-            raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+            raise
         request = original(self, request_id, prompt, params, *args, **kwargs)
         if params.n > 1:
             # The children share their prompt's blocks, so none may write to them.

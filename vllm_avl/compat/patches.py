@@ -172,7 +172,8 @@ PATCHES: tuple[Patch, ...] = (
         OpenAIServingChat,
         "create_chat_completion",
         ("self", "request", "raw_request"),
-        "a response has to say how its request was served",
+        "a response has to say how its request was served; bad requests are refused "
+        "before their pictures are read",
         wrap=responses.say_in_usage,
         until="vLLM lets plug-ins extend a response's usage",
     ),

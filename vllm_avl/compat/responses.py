@@ -14,6 +14,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionResponse,
 )
 
+from vllm_avl.compat import overrides
 from vllm_avl.compat.platform import is_chosen
 from vllm_avl.endpoints.records import RECORDS, usage
 
@@ -30,6 +31,9 @@ def say_in_usage(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if not is_chosen(self.engine_client.vllm_config):
             return await original(self, request, raw_request)
+        # Before pictures are read: a request refused later leaves the front end's cache
+        # of pictures unlike the engine's.
+        overrides.check(self.engine_client.vllm_config, request.vllm_xargs)
         asked_pictures.set(tuple(_picture_urls(request)))
         answer = await original(self, request, raw_request)
         if isinstance(answer, ChatCompletionResponse):
