@@ -156,10 +156,7 @@ def test_who_is_left_alone_is_counted_by_reason(engine, ask, reason):
 
 
 def test_time_is_counted_by_stage(engine):
-    before = {
-        stage: metric(engine, "seconds_total", stage=stage)
-        for stage in Stage
-    }
+    before = {stage: metric(engine, "seconds_total", stage=stage) for stage in Stage}
     engine.ask([Ask((1,), "Why?", 100, (*CORE, ("avl_text_keep_ratio", 0.3)))])
     for stage, seconds in before.items():
         assert metric(engine, "seconds_total", stage=stage) > seconds
