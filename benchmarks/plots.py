@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 from engines import Run
+from figures import save
 from matplotlib import pyplot
-
-matplotlib.use("Agg")
 
 
 def draw_concurrency(runs: Mapping[str, Run], file: Path) -> None:
@@ -29,10 +27,7 @@ def draw_concurrency(runs: Mapping[str, Run], file: Path) -> None:
     running.set_ylabel("running requests")
     running.set_ylim(0)
     running.set_xlabel("scheduler step")
-    figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
-    pyplot.close(figure)
+    save(figure, file)
 
 
 def draw_decode(times: Mapping[str, Sequence[tuple[int, float]]], file: Path) -> None:
@@ -51,7 +46,4 @@ def draw_decode(times: Mapping[str, Sequence[tuple[int, float]]], file: Path) ->
     axes.set_xlim(0)
     axes.set_ylim(0)
     axes.legend()
-    figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
-    pyplot.close(figure)
+    save(figure, file)

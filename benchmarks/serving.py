@@ -29,19 +29,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
-import matplotlib
 import openai
 import served_models
 import torch
 from arguments import CHECKPOINTS
+from figures import save
 from matplotlib import pyplot
 from report import RESULTS, append_rows, machine, print_heading, print_table, spread
 from served_models import MODELS, Client, Run, Workload
 from tqdm import tqdm
 
 from vllm_avl.testing.server import ONE_THREAD, Server, ServerError, serve
-
-matplotlib.use("Agg")
 
 STOCK, AVL, TRITON = "stock", "avl", "stock TRITON_ATTN"
 GATE_TOKENS = 16
@@ -364,10 +362,7 @@ def draw(load: Load, runs: Runs, file: Path) -> None:
     axes.set_xlim(0)
     axes.set_ylim(0)
     axes.legend()
-    figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
-    pyplot.close(figure)
+    save(figure, file)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 from matplotlib import pyplot
-
-matplotlib.use("Agg")
+from shared import save
 
 Row = Mapping[str, object]
 
@@ -47,7 +45,4 @@ def draw_over_batch(
         axes.set_xlabel("requests in the batch")
         axes.set_ylabel("time of a call (µs)")
         axes.legend(fontsize="small")
-    figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
-    pyplot.close(figure)
+    save(figure, file)

@@ -1,10 +1,11 @@
-"""Finds the reports that all benchmarks share, one folder up."""
+"""Finds what all benchmarks share, one folder up."""
 
 import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 
+from figures import save
 from report import (
     RESULTS,
     append_rows,
@@ -20,5 +21,6 @@ __all__ = [
     "machine",
     "print_heading",
     "print_table",
+    "save",
     "spread",
 ]

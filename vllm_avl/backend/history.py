@@ -33,7 +33,7 @@ class CoreHistory:
         """
         if len(self._selections) >= max(MAX_RANKINGS // len(positions), 2):
             del self._selections[1::2]
-        # NumPy: on this little data, torch would take three times as long.
+        # NumPy, because a call of torch costs more than its work on so little data.
         rows = np.minimum(positions.cpu().numpy(), num_full_tokens)
         read = np.zeros((len(rows), num_full_tokens + 1), np.bool_)
         rankings = np.arange(len(rows))[:, None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -124,8 +124,12 @@ class Layer:
         if plan.has_core and state.policy.refreshes:
             num_secondary = self._num_secondary(state)
             labels = self._label(task, rows, probabilities, 0, num_secondary)
-            self._count_turnover(task, rows, labels)
-            self._place(task, rows, labels, rows.start)
+            before = rows.listed
+            num_entered: Any = self._place(task, rows, labels, rows.start)
+            if before is not None and rows.listed is not None:
+                # It stays on the device: nobody waits for it here.
+                num_entered = (rows.listed & ~before).sum()
+            self._count_turnover(state, rows, num_entered)
             self._note_core(task, rows)
 
     def _score_stored(
@@ -254,20 +258,16 @@ class Layer:
         self._listing.list_core(self._cache_rows(task, rows, size), slots)
 
     def _count_turnover(
-        self, task: Task, rows: LayerRows, labels: torch.Tensor
+        self, state: RequestState, rows: LayerRows, num_entered: Any
     ) -> None:
-        """Count what a refresh takes into core, before it is placed."""
-        state, plan = task.state, task.state.plan
-        outside = torch.zeros_like(labels, dtype=torch.bool)
-        outside[:, : self._num_secondary(state)] = True
-        if rows.listed is not None:
-            outside = torch.zeros_like(outside)
-            outside[:, : len(rows.listed)] = ~rows.listed
+        """Count what a refresh selected, and how much of it had not been core."""
+        plan = state.plan
         num_selected = plan.num_core_blocks * plan.block_size
         if not state.policy.ranks_text:
             num_selected = plan.num_core_vision
-        num_entered = int((outside & (labels == CORE)).sum())
-        state.counts.count(key("core_rows_selected"), num_selected * len(labels))
+        state.counts.count(
+            key("core_rows_selected"), num_selected * len(rows.positions)
+        )
         state.counts.count(key("core_rows_entered"), num_entered)
 
     def _note_core(self, task: Task, rows: LayerRows) -> None:
@@ -286,7 +286,7 @@ class Layer:
 
     def _place(
         self, task: Task, rows: LayerRows, labels: torch.Tensor, start: int
-    ) -> None:
+    ) -> int:
         """Let rows be evicted, stored and read as they are labelled.
 
         Args:
@@ -294,18 +294,21 @@ class Layer:
             rows: what is stored; updated.
             labels: [num_rankings, num_slots].
             start: first slot, in tokens of the request, that stays stored.
+
+        Returns:
+            how many rows entered core in exchange for others, where core is packed.
         """
         state = task.state
         if not state.lists_core:
             core_start = start + self._num_secondary(state)
-            self._move(task, rows, labels, start, core_start)
-            return
+            return self._move(task, rows, labels, start, core_start)
         by_position = torch.zeros(rows.end, dtype=torch.bool, device=labels.device)
         by_position[rows.positions[0]] = labels[0] == CORE
         if start > rows.start:
             stored = labels.masked_fill(labels == SECONDARY, CORE)
             self._move(task, rows, stored, start, start)
         self._list_core(task, rows, by_position[rows.positions[0]])
+        return 0
 
     def _move(
         self,
@@ -314,6 +317,10 @@ class Layer:
         labels: torch.Tensor,
         start: int,
         core_start: int,
-    ) -> None:
+    ) -> int:
+        """Move rows to where they belong; return how many were exchanged."""
+        num_exchanged = 0
         for moves in rearrange(rows, labels, start, core_start):
             self.cache.move(task.blocks, moves)
+            num_exchanged += len(moves.source) if moves.exchange else 0
+        return num_exchanged

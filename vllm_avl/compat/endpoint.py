@@ -30,15 +30,18 @@ class Engine:
         self._client = client
         self._vllm_config = client.vllm_config
 
-    @property
-    def config(self) -> AVLConfig:
-        """The settings.
+    def check_back_end(self) -> None:
+        """Refuse to answer for another back end.
 
         Raises:
-            ProblemError: the server was started with another back end.
+            ProblemError: the server was started with one.
         """
         if not is_chosen(self._vllm_config):
             raise ProblemError(404, "the server runs without --attention-backend avl")
+
+    @property
+    def config(self) -> AVLConfig:
+        """The settings."""
         return parse_config(self._vllm_config.additional_config)
 
     @property
@@ -89,7 +92,7 @@ class Engine:
                 503, f"the engine took longer than {SECONDS_TO_ANSWER:g} s to answer"
             ) from None
 
-    async def decode(self, token_ids: Sequence[int]) -> list[str]:
+    def decode(self, token_ids: Sequence[int]) -> list[str]:
         """Return each token's text."""
         tokenizer = self._client.renderer.tokenizer
         return [tokenizer.decode([token]) for token in token_ids]

@@ -7,6 +7,7 @@ the ones written here before the engine starts.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
@@ -25,7 +26,10 @@ from vllm_avl.cache.pressure import Pressure
 from vllm_avl.compat import facts, stats
 from vllm_avl.config import parse_config
 from vllm_avl.metrics.definitions import Stock
+from vllm_avl.metrics.summary import describe_settings
 from vllm_avl.plan import Plan, limit_chunk
+
+logger = logging.getLogger("vllm.avl")
 
 
 class _Adaptive(Scheduler):
@@ -39,6 +43,8 @@ class _Adaptive(Scheduler):
         self._avl_manager = manager
         self._avl_pressure = Pressure(self._avl_config)
         self._avl_decisions: dict[str, Plan | Stock] = {}
+        settings = describe_settings(self._avl_config)
+        logger.info("%s, blocks of %d tokens", settings, manager.block_size)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
         manager = self._avl_manager
@@ -85,9 +91,11 @@ class _Adaptive(Scheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for of_client in outputs.values():
             for output in of_client.outputs:
+                # They come with a request's first token.
+                if output.prefill_stats is None:
+                    continue
                 decision = self._avl_decisions.get(output.request_id)
-                # It comes with the first token.
-                if output.prefill_stats is not None and decision is not None:
+                if decision is not None:
                     facts.send(output, decision)
         return outputs
 

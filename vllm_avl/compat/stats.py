@@ -10,7 +10,6 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -18,11 +17,10 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from vllm_avl.compat.platform import is_chosen
-from vllm_avl.config import parse_config
 from vllm_avl.metrics import collectors
 from vllm_avl.metrics.collectors import Message
 from vllm_avl.metrics.pool import POOL
-from vllm_avl.metrics.summary import Summary, describe_settings
+from vllm_avl.metrics.summary import Summary
 
 FIELD = "avl"
 SECONDS_BETWEEN_LINES = 60.0
@@ -32,7 +30,7 @@ logger = logging.getLogger("vllm.avl")
 
 def send(stats: SchedulerStats, message: Message) -> None:
     """Put a message into an engine's statistics."""
-    stats.kv_connector_stats = {FIELD: asdict(message)}
+    stats.kv_connector_stats = {FIELD: vars(message)}
 
 
 def receive(stats: SchedulerStats) -> Message | None:
@@ -48,7 +46,6 @@ class AVLStatLogger(AggregateStatLoggerBase):
     """Records the messages of all engines that this front end hears from."""
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
-        self._config = vllm_config
         self._model = vllm_config.model_config.served_model_name
         self._summary = Summary()
         self._last_line = time.monotonic()
@@ -79,10 +76,7 @@ class AVLStatLogger(AggregateStatLoggerBase):
             logger.info(line)
 
     def log_engine_initialized(self) -> None:
-        """Say what is on."""
-        config = parse_config(self._config.additional_config)
-        block_size = self._config.cache_config.block_size
-        logger.info("%s, blocks of %d tokens", describe_settings(config), block_size)
+        """The scheduler has said what is on."""
 
 
 def add_logger(original: Callable[..., None]) -> Callable[..., None]:
@@ -105,8 +99,8 @@ def add_logger(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def attach_counts(output: Any, counts: Mapping[str, float]) -> None:
-    """Let a worker's counts travel with the output of its step."""
-    output.avl_counts = dict(counts)
+    """Let a worker's counts travel with the output of its step, which has ended."""
+    output.avl_counts = {name: float(number) for name, number in counts.items()}
 
 
 def attached_counts(output: Any) -> Mapping[str, float]:

@@ -108,7 +108,9 @@ def _data(may_read: Callable[[Request], bool]) -> APIRouter:
     def engine_of(request: Request) -> Any:
         if not may_read(request):
             raise ProblemError(401, "send the server's key: Authorization: Bearer KEY")
-        return request.app.state.avl_engine
+        engine = request.app.state.avl_engine
+        engine.check_back_end()
+        return engine
 
     @router.get("/config", summary="What the server was started with")
     async def config(request: Request) -> schema.Config:
@@ -128,7 +130,6 @@ def _data(may_read: Callable[[Request], bool]) -> APIRouter:
     @router.get("/stats", summary="Totals, and the pool's recent past")
     async def stats(request: Request) -> schema.Stats:
         engine = engine_of(request)
-        assert engine.config
         return schema.Stats(
             metrics=engine.metrics(),
             num_blocks=engine.num_blocks,
@@ -167,7 +168,7 @@ def _data(may_read: Callable[[Request], bool]) -> APIRouter:
                     reports,
                     record,
                     engine.hf_config,
-                    await engine.decode(tokens),
+                    engine.decode(tokens),
                     shows_content=config.show_content,
                 )
         raise ProblemError(
