@@ -11,6 +11,9 @@ import torch
 
 MAX_RANKINGS = 64
 """Of all selections of a layer: with a ranking for each KV head they are fewer."""
+PACKED_AT_ONCE = 8
+"""Rankings. Between two layers of a model the processor's caches forget what packs
+them: one by one it would take several times as long."""
 
 
 @dataclass
@@ -19,6 +22,8 @@ class CoreHistory:
 
     _selections: list[tuple[int, npt.NDArray[np.uint8]]] = field(default_factory=list)
     """Length of the request, and [num_rankings, cdiv(num_full_tokens, 8)] bits."""
+    _noted: list[tuple[int, torch.Tensor, int]] = field(default_factory=list)
+    """What `note` was told since bits were made of it."""
 
     def note(
         self, num_tokens: int, positions: torch.Tensor, num_full_tokens: int
@@ -28,18 +33,23 @@ class CoreHistory:
         Args:
             num_tokens: length of the request after the step.
             positions: [num_rankings, num_rows] original positions of what ordinary
-                steps read from now on.
+                steps read from now on; must not change any more.
             num_full_tokens: tokens of the full prompt blocks; others are not ranked.
         """
-        if len(self._selections) >= max(MAX_RANKINGS // len(positions), 2):
+        limit = max(MAX_RANKINGS // len(positions), 2)
+        if len(self._selections) + len(self._noted) >= limit:
+            self._pack()
             del self._selections[1::2]
-        # NumPy, because a call of torch costs more than its work on so little data.
-        rows = np.minimum(positions.cpu().numpy(), num_full_tokens)
-        read = np.zeros((len(rows), num_full_tokens + 1), np.bool_)
-        rankings = np.arange(len(rows))[:, None]
-        read.ravel()[(rows + rankings * read.shape[1]).ravel()] = True
-        bits = np.packbits(read[:, :num_full_tokens], axis=1)
-        self._selections.append((num_tokens, bits))
+        self._noted.append((num_tokens, positions, num_full_tokens))
+        if len(self._noted) * len(positions) >= PACKED_AT_ONCE:
+            self._pack()
+
+    def _pack(self) -> None:
+        self._selections += [
+            (num_tokens, _bits(positions, num_full_tokens))
+            for num_tokens, positions, num_full_tokens in self._noted
+        ]
+        self._noted.clear()
 
     def among(self, positions: torch.Tensor) -> Iterator[tuple[int, list[list[int]]]]:
         """Yield each selection's length, and which of `positions` it read, by ranking.
@@ -47,7 +57,17 @@ class CoreHistory:
         Args:
             positions: [num_positions] of full prompt blocks, ascending, int64.
         """
+        self._pack()
         wanted = positions.cpu().numpy()
         for num_tokens, bits in self._selections:
             read = np.unpackbits(bits, axis=1)[:, wanted] != 0
             yield num_tokens, [wanted[row].tolist() for row in read]
+
+
+def _bits(positions: torch.Tensor, num_full_tokens: int) -> npt.NDArray[np.uint8]:
+    # NumPy, because a call of torch costs more than its work on so little data.
+    rows = np.minimum(positions.cpu().numpy(), num_full_tokens)
+    read = np.zeros((len(rows), num_full_tokens + 1), np.bool_)
+    rankings = np.arange(len(rows))[:, None]
+    read.ravel()[(rows + rankings * read.shape[1]).ravel()] = True
+    return np.packbits(read[:, :num_full_tokens], axis=1)

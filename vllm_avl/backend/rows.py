@@ -26,7 +26,7 @@ class LayerRows:
     """Position in the request's block table, in tokens, of the first slot."""
     positions: torch.Tensor
     """[num_rankings, num_slots] original position of each row, int64; num_rankings is 1
-    until KV heads differ, then num_kv_heads."""
+    until KV heads differ, then num_kv_heads. Replaced, never changed."""
     sums: torch.Tensor | None = None
     """[num_kv_heads, num_slots] running sums of attention, fp32; NaN where a row has
     not been scored yet. None where nobody needs them."""
@@ -118,6 +118,7 @@ def rearrange(
         # Blocks of the head may be shared: rows are read there, and never written.
         steps += [(CORE, head, EVICTED, in_core)]
     labels, found = labels.clone(), []
+    rows.positions = rows.positions.clone()
     for label, here, other_label, there in steps:
         source, target = _pair(
             (labels == label) & here, (labels == other_label) & there
@@ -128,9 +129,11 @@ def rearrange(
             _exchange(labels, source, target)
             _exchange_rows(rows, source, target)
     first = start - rows.start
-    rows.start, rows.positions = start, rows.positions[:, first:].clone()
-    if rows.sums is not None:
-        rows.sums = rows.sums[:, first:].clone()
+    if first:
+        # Copies, so that what lay in front is given back.
+        rows.start, rows.positions = start, rows.positions[:, first:].clone()
+        if rows.sums is not None:
+            rows.sums = rows.sums[:, first:].clone()
     return found
 
 
