@@ -1,0 +1,62 @@
+"""The bundled checkpoint: unchanged, small, and seeing, through the real engine."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vllm_avl.bundled import WEIGHTS
+from vllm_avl.bundled.evaluate import Question, answer, make_engine
+from vllm_avl.bundled.export import SUMS, checksum, summed
+
+CASES = Path(__file__).parent / "questions"
+LIMIT = 10_000_000
+
+pytestmark = pytest.mark.skipif(
+    not (WEIGHTS / SUMS).exists(), reason="the weights have not been trained yet"
+)
+
+
+def cases():
+    """The ten fixed questions: pictures, text and the answer of the weights."""
+    rows = json.loads((CASES / "questions.json").read_text())
+    return [
+        Question(
+            [Image.open(CASES / name).convert("RGB") for name in row["images"]],
+            row["question"],
+            [row["answer"]],
+            tuple(tuple(turn) for turn in row["earlier"]),
+        )
+        for row in rows
+    ]
+
+
+def test_the_files_are_those_that_were_summed():
+    sums = dict(
+        reversed(line.split("  ")) for line in (WEIGHTS / SUMS).read_text().splitlines()
+    )
+    assert sums == {path.name: checksum(path) for path in summed(WEIGHTS)}
+
+
+def test_the_folder_is_small():
+    assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) < LIMIT
+
+
+@pytest.fixture(scope="module", params=[None, {"vision_store_ratio": 0.9}])
+def engine(request):
+    return make_engine(WEIGHTS, request.param)
+
+
+def test_ten_fixed_questions_are_answered(engine):
+    asked = cases()
+    assert len(asked) == 10
+    given = answer(engine, asked, "caption")
+    assert given == [question.truths[0] for question in asked]
+
+
+def test_without_the_pictures_they_are_not(engine):
+    asked = [Question([], q.text, q.truths) for q in cases()]
+    given = answer(engine, asked, "caption")
+    right = sum(g == q.truths[0] for g, q in zip(given, asked, strict=True))
+    assert right <= 5

@@ -1,0 +1,13 @@
+"""A small vision-language model that really sees, trained from scratch on a CPU.
+
+Its weights are in `WEIGHTS`, a checkpoint that stock vLLM serves; `prompt` writes what
+it was trained to answer.
+"""
+
+from pathlib import Path
+
+from vllm_avl.bundled.tokens import prompt
+
+__all__ = ["WEIGHTS", "prompt"]
+
+WEIGHTS = Path(__file__).parent / "weights"

@@ -1,0 +1,73 @@
+"""Writes a training checkpoint as a model folder that stock vLLM serves."""
+
+import argparse
+import hashlib
+from pathlib import Path
+
+import torch
+import transformers
+
+from vllm_avl.bundled import WEIGHTS
+from vllm_avl.bundled.architecture import make_config, make_model, make_processor
+from vllm_avl.bundled.tokens import make_tokenizer
+from vllm_avl.bundled.train import CHECKPOINT
+from vllm_avl.testing.models.weights import restore_clip_names
+
+SUMS = "SHA256SUMS"
+PREFIX = "llava."
+
+
+def export(checkpoint: Path, out_dir: Path) -> None:
+    """Writes weights (half precision), configuration, tokenizer, processor and sums."""
+    tokenizer = make_tokenizer()
+    model = make_model(make_config(tokenizer), seed=0)
+    state = torch.load(checkpoint, weights_only=True, map_location="cpu")["learner"]
+    model.load_state_dict(
+        {
+            name.removeprefix(PREFIX): weight
+            for name, weight in state.items()
+            if name.startswith(PREFIX)
+        }
+    )
+    model.generation_config = transformers.GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.to(torch.float16).save_pretrained(out_dir)
+    make_processor(tokenizer).save_pretrained(out_dir)
+    restore_clip_names(out_dir)
+    (out_dir / SUMS).write_text(
+        "".join(f"{checksum(path)}  {path.name}\n" for path in summed(out_dir))
+    )
+
+
+def summed(folder: Path) -> list[Path]:
+    """Returns the files that the sums cover: all but themselves and the card."""
+    skipped = (SUMS, "README.md")
+    return sorted(path for path in folder.iterdir() if path.name not in skipped)
+
+
+def checksum(path: Path) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def main() -> None:
+    """Writes the model and prints its size."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vllm_avl.bundled.export",
+        description="Write a training checkpoint as a model folder for vLLM.",
+    )
+    parser.add_argument("run", type=Path, help="the folder given to train --out")
+    parser.add_argument(
+        "--out", type=Path, default=WEIGHTS, help="default: the bundled weights"
+    )
+    args = parser.parse_args()
+    export(args.run / CHECKPOINT, args.out)
+    size = sum(path.stat().st_size for path in args.out.iterdir())
+    print(f"{args.out}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""What training does at which step."""
+
+from dataclasses import dataclass
+
+from vllm_avl.bundled.picture import NUM_PATCHES
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training.
+
+    Attributes:
+        name: Shown beside the progress bar.
+        steps: Its length.
+        rows: Samples a step.
+        kept: Patches of a picture that go through the model.
+        answers: Whether the language model learns, or the tower alone.
+        label_weight: How much the labels' loss counts; 0 leaves the tower as it is.
+        peak: Learning rate it starts with, relative to the highest.
+        end: Learning rate it ends with, likewise; linear between them.
+    """
+
+    name: str
+    steps: int
+    rows: int
+    kept: int
+    answers: bool
+    label_weight: float
+    peak: float
+    end: float
+
+
+STAGES = (
+    Stage("tower", 950, 16, 144, False, 1.0, 1.0, 0.6),
+    # Answers are few beside labels, so their gradients are noisy: larger batches, and
+    # a quarter of the rate.
+    Stage("answers", 4000, 16, 120, True, 0.0, 0.25, 0.06),
+    Stage("whole", 150, 8, NUM_PATCHES, True, 0.1, 0.06, 0.005),
+)
+WARM_UP = 40
+TOTAL = sum(stage.steps for stage in STAGES)
+
+
+def stage_at(step: int) -> tuple[Stage, float]:
+    """Returns the stage of a step and the learning rate, relative to the highest."""
+    start = 0
+    for stage in STAGES:
+        if step < start + stage.steps:
+            done = (step - start) / stage.steps
+            rate = stage.peak + done * (stage.end - stage.peak)
+            return stage, rate * min(1.0, (step - start + 1) / WARM_UP)
+        start += stage.steps
+    return STAGES[-1], STAGES[-1].end
+
+
+def starts_answers(step: int) -> bool:
+    """Whether the language model begins to learn at this step."""
+    before = step > 0 and stage_at(step - 1)[0].answers
+    return stage_at(step)[0].answers and not before
