@@ -2,7 +2,7 @@
 
     python -m vllm_avl.inspect photo.jpg "What is in the picture?" --model MODEL
 
-Without --model it asks the demo's small model, which is made on the spot.
+Without --model it asks the bundled model, which knows drawn scenes only.
 """
 
 from __future__ import annotations
@@ -75,15 +75,16 @@ def ask(args: argparse.Namespace, picture: Image.Image) -> tuple[str, Any, Any]:
 
 
 def _demo_options() -> dict[str, Any]:
-    """Make the demo's model, as small as it serves."""
-    from vllm_avl.testing import demo, models
+    """Return the demo's model, as small as it serves."""
+    from vllm_avl.bundled import WEIGHTS
+    from vllm_avl.testing import demo
     from vllm_avl.testing.server import ONE_THREAD
 
     for name, value in ONE_THREAD.items():
         os.environ.setdefault(name, value)
-    print(demo.GIBBERISH)
+    print(demo.SMALL)
     return {
-        "model": str(models.build("llava", demo.CACHE / "demo-llava")),
+        "model": str(WEIGHTS),
         "dtype": "float32",
         "enforce_eager": True,
         "kv_cache_memory_bytes": 64 << 20,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vllm_avl.bundled import documents, scenes, sheets
-from vllm_avl.bundled.glyphs import FACES
+from vllm_avl.bundled.glyphs import FACES, NUM_VARIANTS, choose_face, glyph
 from vllm_avl.bundled.samples import TASKS, VQA_SHARES, make_sample
 from vllm_avl.bundled.splits import SPLITS, split_of
 from vllm_avl.bundled.words import number, word
@@ -43,6 +43,26 @@ def test_words_and_numbers_of_the_splits_are_disjoint():
 def test_faces_and_layouts_of_the_splits_are_disjoint():
     assert not set(FACES["train"]) & set(FACES["test"])
     assert not set(documents.LAYOUTS["train"]) & set(documents.LAYOUTS["test"])
+
+
+def test_only_training_faces_vary():
+    rng = np.random.default_rng(0)
+    for split in SPLITS:
+        chosen = {choose_face(rng, split) for _ in range(4000)}
+        assert {face.partition("+")[0] for face in chosen} == set(FACES[split])
+        every = 1 + NUM_VARIANTS if split == "train" else 1
+        assert len(chosen) == len(FACES[split]) * every
+
+
+def test_a_variant_is_another_shape_and_the_same_each_time():
+    plain = glyph("DejaVuSans", "R", 8, 16)
+    glyph.cache_clear()
+    varied = [glyph(f"DejaVuSans+{n}", "R", 8, 16) for n in range(1, NUM_VARIANTS + 1)]
+    for one in varied:
+        assert np.abs(one - plain).mean() > 0.01
+        assert 0.3 < one.sum() / plain.sum() < 2
+    glyph.cache_clear()
+    assert np.array_equal(glyph("DejaVuSans+1", "R", 8, 16), varied[0])
 
 
 @pytest.mark.parametrize("task", ["ocr", "doc"])

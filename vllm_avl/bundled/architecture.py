@@ -9,10 +9,13 @@ from transformers import PreTrainedTokenizerFast
 from vllm_avl.bundled.picture import GRID, NUM_PATCHES, PATCH, SIZE
 from vllm_avl.bundled.tokens import IMAGE
 
-HEAD_SIZE = 32
+VISION_HEAD_SIZE, TEXT_HEAD_SIZE, NUM_TEXT_HEADS = 32, 64, 4
 VISION_SIZE, VISION_LAYERS, VISION_INTERMEDIATE = 128, 4, 384
 TEXT_SIZE, TEXT_LAYERS, TEXT_INTERMEDIATE = 128, 4, 384
 MAX_POSITIONS = 8192
+ROPE_THETA = 1e8
+"""20 of a head's 32 pairs turn by less than a radian over 700 tokens. With the usual
+1e4 it is 9, and a question hardly finds the patch it is about by what that shows."""
 IMAGE_MEAN, IMAGE_STD = 0.75, 0.35
 
 
@@ -23,7 +26,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> transformers.LlavaConfig:
             hidden_size=VISION_SIZE,
             intermediate_size=VISION_INTERMEDIATE,
             num_hidden_layers=VISION_LAYERS,
-            num_attention_heads=VISION_SIZE // HEAD_SIZE,
+            num_attention_heads=VISION_SIZE // VISION_HEAD_SIZE,
             image_size=SIZE,
             patch_size=PATCH,
         ),
@@ -32,9 +35,10 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> transformers.LlavaConfig:
             hidden_size=TEXT_SIZE,
             intermediate_size=TEXT_INTERMEDIATE,
             num_hidden_layers=TEXT_LAYERS,
-            num_attention_heads=TEXT_SIZE // HEAD_SIZE,
-            num_key_value_heads=TEXT_SIZE // HEAD_SIZE,
-            head_dim=HEAD_SIZE,
+            num_attention_heads=NUM_TEXT_HEADS,
+            num_key_value_heads=NUM_TEXT_HEADS,
+            head_dim=TEXT_HEAD_SIZE,
+            rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
             max_position_embeddings=MAX_POSITIONS,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_avl.bundled.glyphs import FACES
+from vllm_avl.bundled.glyphs import choose_face
 from vllm_avl.bundled.picture import Picture
 from vllm_avl.bundled.scenes import Turn
 from vllm_avl.bundled.splits import Split
@@ -51,7 +51,7 @@ class Document:
 def draw_document(rng: np.random.Generator, split: Split) -> tuple[Picture, Document]:
     """Draws one document on light paper."""
     picture = Picture(rng)
-    face = str(rng.choice(FACES[split]))
+    face = choose_face(rng, split)
     ink = rng.integers(0, 70, 3).astype(np.float32)
     if rng.random() < 0.35:
         return picture, _table(picture, split, face, ink)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from PIL import Image
@@ -16,8 +17,6 @@ from vllm_avl.bundled.tokens import prompt
 
 CONTROLS = ("full", "blind", "shuffled")
 ALL_TASKS = (*TASKS, "two_turn")
-MAX_TOKENS = {"caption": 112}
-MAX_ANSWER_TOKENS = 16
 MAX_IMAGES = 2
 
 
@@ -37,15 +36,27 @@ class Question:
     truths: list[str]
     earlier: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def request(self) -> dict[str, Any]:
+        """What `LLM.generate` takes."""
+        text = prompt(self.text, len(self.images), self.earlier)
+        request: dict[str, Any] = {"prompt": text}
+        if self.images:
+            request["multi_modal_data"] = {"image": self.images}
+        return request
 
-def questions(task: str, count: int, control: str = "full") -> list[Question]:
-    """Returns the first `count` held-out questions of a task.
+
+def questions(
+    task: str, count: int, control: str = "full", first: int = 0
+) -> list[Question]:
+    """Returns `count` held-out questions of a task.
 
     Args:
         task: One of `ALL_TASKS`.
         count: How many.
         control: `blind` leaves the pictures out, `shuffled` gives each question the
             pictures of the next one.
+        first: Number of the first question.
 
     Raises:
         ValueError: `task` or `control` is unknown.
@@ -54,7 +65,7 @@ def questions(task: str, count: int, control: str = "full") -> list[Question]:
         raise ValueError(f"task={task!r} must be one of {ALL_TASKS}")
     if control not in CONTROLS:
         raise ValueError(f"control={control!r} must be one of {CONTROLS}")
-    samples = [_sample(task, seed) for seed in range(count)]
+    samples = [_sample(task, seed) for seed in range(first, first + count)]
     images = [[] if control == "blind" else sample.images() for sample in samples]
     if control == "shuffled":
         images = images[1:] + images[:1]
@@ -72,8 +83,8 @@ def _sample(task: str, seed: int) -> Sample:
     return make_sample(task, "test", seed)
 
 
-def score(task: str, answers: Sequence[str], asked: Sequence[Question]) -> float:
-    """Returns the task's score, 0 to 100 (CIDEr: 0 to 1000)."""
+def scores(task: str, answers: Sequence[str], asked: Sequence[Question]) -> list[float]:
+    """Returns each answer's score, 0 to 100 (CIDEr: 0 to 1000)."""
     if task == "caption":
         return metrics.cider(answers, [question.truths for question in asked])
     truths = [question.truths[0] for question in asked]
@@ -82,20 +93,17 @@ def score(task: str, answers: Sequence[str], asked: Sequence[Question]) -> float
     return metrics.exact_match(answers, truths)
 
 
+def max_tokens(task: str) -> int:
+    """Returns how long an answer may be."""
+    return 112 if task == "caption" else 16
+
+
 def answer(llm: Any, asked: Sequence[Question], task: str) -> list[str]:
     """Returns greedy answers from a `vllm.LLM`."""
     from vllm import SamplingParams  # noqa: TID251
 
-    params = SamplingParams(
-        temperature=0, max_tokens=MAX_TOKENS.get(task, MAX_ANSWER_TOKENS)
-    )
-    requests = []
-    for question in asked:
-        text = prompt(question.text, len(question.images), question.earlier)
-        request: dict[str, Any] = {"prompt": text}
-        if question.images:
-            request["multi_modal_data"] = {"image": question.images}
-        requests.append(request)
+    params = SamplingParams(temperature=0, max_tokens=max_tokens(task))
+    requests = [question.request for question in asked]
     outputs = llm.generate(requests, params, use_tqdm=False)
     return [output.outputs[0].text.strip() for output in outputs]
 
@@ -147,7 +155,12 @@ def main() -> None:
             answers = answer(llm, asked, task)
             for question, given in list(zip(asked, answers, strict=True))[: args.show]:
                 print(f"{question.text!r}: {given!r}, right: {question.truths[0]!r}")
-            row = [task, control, args.count, round(score(task, answers, asked), 1)]
+            row = [
+                task,
+                control,
+                args.count,
+                round(fmean(scores(task, answers, asked)), 1),
+            ]
             print(*row, sep="\t", flush=True)
             if args.out:
                 with args.out.open("a", newline="") as file:

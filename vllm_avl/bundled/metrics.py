@@ -1,4 +1,4 @@
-"""Scores of answers, 0 to 100, from the libraries that published results use."""
+"""Scores of answers, one each, from the libraries that published results use."""
 
 import importlib
 import shutil
@@ -8,30 +8,28 @@ from collections.abc import Sequence
 MISSING = "{what} needs the package {package}: pip install --no-deps {package}"
 
 
-def exact_match(answers: Sequence[str], truths: Sequence[str]) -> float:
-    """Returns the share of answers that equal the truth but for spaces and case.
+def exact_match(answers: Sequence[str], truths: Sequence[str]) -> list[float]:
+    """Returns 100 for each answer that equals the truth but for spaces and case.
 
-    With one truth a question, as here, VQA accuracy is this.
+    With one truth a question, as here, VQA accuracy is the mean of this.
     """
-    right = [
-        _normal(answer) == _normal(truth)
+    return [
+        100.0 * (_normal(answer) == _normal(truth))
         for answer, truth in zip(answers, truths, strict=True)
     ]
-    return 100 * sum(right) / len(right)
 
 
-def anls(answers: Sequence[str], truths: Sequence[str]) -> float:
-    """Returns the average normalised Levenshtein similarity (package `anls`)."""
+def anls(answers: Sequence[str], truths: Sequence[str]) -> list[float]:
+    """Returns each normalised Levenshtein similarity, times 100 (package `anls`)."""
     anls_score = _module("anls", "ANLS", "anls").anls_score
-    scores = [
-        anls_score(prediction=answer, gold_labels=[truth])
+    return [
+        100 * anls_score(prediction=answer, gold_labels=[truth])
         for answer, truth in zip(answers, truths, strict=True)
     ]
-    return 100 * sum(scores) / len(scores)
 
 
-def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Returns CIDEr as pycocoevalcap computes it, times 100.
+def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """Returns each caption's CIDEr as pycocoevalcap computes it, times 100.
 
     Without Java its PTB tokenizer does not run: the captions are then split at spaces
     with punctuation taken off, and a message says so. CIDEr itself is Python.
@@ -39,8 +37,8 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float
     module = _module("pycocoevalcap.cider.cider", "CIDEr", "pycocoevalcap")
     truths = {str(n): list(texts) for n, texts in enumerate(references)}
     given = {str(n): [text] for n, text in enumerate(captions)}
-    score, _ = module.Cider().compute_score(_tokenized(truths), _tokenized(given))
-    return 100 * float(score)
+    _, scores = module.Cider().compute_score(_tokenized(truths), _tokenized(given))
+    return (100 * scores).tolist()
 
 
 def _tokenized(texts: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_avl.bundled.glyphs import CHARACTERS, FACES
+from vllm_avl.bundled.glyphs import CHARACTERS, choose_face
 from vllm_avl.bundled.picture import COLORS, SHAPES, SIZES, Picture, shape_mask
 from vllm_avl.bundled.splits import Split, split_of
 
@@ -47,7 +47,7 @@ def draw_scene(
     """Draws a scene; a held-out one has a pair of colour and shape never trained on."""
     things = _things(rng, split, int(rng.integers(fewest, most + 1)))
     picture = Picture(rng)
-    face = str(rng.choice(FACES[split]))
+    face = choose_face(rng, split)
     for thing in things:
         _draw(picture, thing, things, face)
     return picture, things

@@ -31,11 +31,10 @@ class Stage:
 
 
 STAGES = (
-    Stage("tower", 950, 16, 144, False, 1.0, 1.0, 0.6),
-    # Answers are few beside labels, so their gradients are noisy: larger batches, and
-    # a quarter of the rate.
-    Stage("answers", 4000, 16, 120, True, 0.0, 0.25, 0.06),
-    Stage("whole", 150, 8, NUM_PATCHES, True, 0.1, 0.06, 0.005),
+    Stage("tower", 2000, 16, 144, False, 1.0, 1.0, 0.1),
+    Stage("answers", 1600, 16, 128, True, 0.0, 0.5, 0.356),
+    Stage("both", 2000, 16, 128, True, 0.3, 0.356, 0.04),
+    Stage("whole", 400, 8, NUM_PATCHES, True, 0.1, 0.04, 0.002),
 )
 WARM_UP = 40
 TOTAL = sum(stage.steps for stage in STAGES)

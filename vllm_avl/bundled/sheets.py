@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_avl.bundled.glyphs import FACES
+from vllm_avl.bundled.glyphs import choose_face
 from vllm_avl.bundled.picture import COLORS, Picture
 from vllm_avl.bundled.scenes import Turn
 from vllm_avl.bundled.splits import Split
@@ -52,7 +52,7 @@ def draw_sheet(
         else:
             text = number(rng, split, int(rng.integers(3, 6)))
         prints.append(Print(text, color, place // 2, place % 2))
-        _draw(picture, prints[-1], str(rng.choice(FACES[split])))
+        _draw(picture, prints[-1], choose_face(rng, split))
     return picture, prints
 
 

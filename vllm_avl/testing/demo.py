@@ -14,10 +14,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import transformers
-
+from vllm_avl.bundled import WEIGHTS
+from vllm_avl.bundled.samples import DESCRIBE, make_sample
 from vllm_avl.config import parse_config
-from vllm_avl.testing import models
 from vllm_avl.testing.held_blocks import Question, ask, table
 from vllm_avl.testing.server import (
     ONE_THREAD,
@@ -30,10 +29,9 @@ from vllm_avl.testing.server import (
 CACHE = Path(".cache")
 REMEMBERED = 8
 SERVE_PORT = 8000
-QUESTION = "What is in the picture?"
-GIBBERISH = (
-    "The demo model is small and its weights are random: the words are gibberish, the "
-    "serving is real."
+SMALL = (
+    "The demo model has two million parameters: it knows drawn scenes and documents, "
+    "and nothing else."
 )
 SHORTEST_ANSWER = 100
 DEMO_MODEL_OPTIONS = (
@@ -55,7 +53,7 @@ Ask it, from another terminal:
       model="{server.model}",
       messages=[{{"role": "user", "content": [
           {{"type": "image_url", "image_url": {{"url": "data:image/png;base64,..."}}}},
-          {{"type": "text", "text": "{QUESTION}"}}]}}],
+          {{"type": "text", "text": "{DESCRIBE}"}}]}}],
       extra_body={{"vllm_xargs": {{"avl_store_ratio": 0.3}}}},  # or {{"avl": 0}}: stock
   ).choices[0].message.content)
 
@@ -74,9 +72,24 @@ def show_on_page(server: Server, question: Question) -> str:
         messages=question.messages,
         max_tokens=question.max_tokens,
         temperature=0,
-        extra_body={"ignore_eos": True},
     )
     return page(server, completion.id)
+
+
+def show_answer(server: Server, question: Question, *, avl: bool) -> None:
+    """Print an answer as it comes."""
+    stream = server.client().chat.completions.create(
+        model=server.model,
+        messages=question.messages,
+        max_tokens=question.max_tokens,
+        temperature=0,
+        stream=True,
+        extra_body={} if avl else {"vllm_xargs": {"avl": 0}},
+    )
+    for chunk in stream:
+        for choice in chunk.choices:
+            print(choice.delta.content or "", end="", flush=True)
+    print("\n")
 
 
 def server_options(args: argparse.Namespace) -> list[str]:
@@ -101,12 +114,18 @@ def server_options(args: argparse.Namespace) -> list[str]:
 
 def demo(server: Server, args: argparse.Namespace) -> None:
     """Ask twice and compare, then say where to look."""
-    pictures = [models.random_image(seed) for seed in range(args.images)]
-    question = Question(pictures, QUESTION, args.max_tokens)
-    print(f"{QUESTION} ({args.images} of them, store ratio {args.store_ratio})")
+    scenes = [make_sample("caption", "test", seed) for seed in range(args.images)]
+    pictures = [picture for scene in scenes for picture in scene.images()]
+    question = Question(pictures, DESCRIBE, args.max_tokens)
+    print(f"{DESCRIBE} ({args.images} of them, store ratio {args.store_ratio})")
+    for scene in scenes:
+        print(f"\nwhat was drawn:\n{scene.references[0]}")
     print("\nadaptive attention:")
-    avl = ask(server, question, avl=True)
+    show_answer(server, question, avl=True)
     print("stock:")
+    show_answer(server, question, avl=False)
+    print("measuring what either holds ...\n", flush=True)
+    avl = ask(server, question, avl=True)
     stock = ask(server, question, avl=False)
     print(table(server, avl, stock))
     print(f"\nWhich patches were kept: {show_on_page(server, question)}")
@@ -131,12 +150,11 @@ def wait(server: Server) -> None:
 
 @contextmanager
 def started(args: argparse.Namespace) -> Iterator[Server]:
-    """Make the demo model where none is given, and serve it."""
+    """Serve the demo model where none is given."""
     model = args.model
     if model is None:
-        transformers.logging.disable_progress_bar()
-        model = models.build("llava", CACHE / "demo-llava")
-        print(GIBBERISH)
+        model = WEIGHTS
+        print(SMALL)
     log = CACHE / "demo-server.log"
     print(f"starting vllm serve {model} (log: {log})")
     with serve(
@@ -161,7 +179,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--serve", action="store_true", help="leave the server running, ask nothing")
-    add("--model", help="any vision-language model; default: one with random weights")
+    add("--model", help="any vision-language model; default: the bundled one")
     add(
         "--store-ratio",
         type=float,
@@ -185,7 +203,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--images",
         type=int,
-        default=2,
+        default=1,
         help="pictures to ask about; default: %(default)s",
     )
     add(

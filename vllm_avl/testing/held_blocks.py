@@ -59,17 +59,15 @@ class Measurement:
 
 
 def ask(server: Server, question: Question, *, avl: bool) -> Measurement:
-    """Stream one answer to the terminal and sample the blocks held meanwhile.
+    """Stream one answer and sample the blocks held meanwhile.
 
     Raises:
         ServerError: the server was too busy to be sampled.
     """
     measured = Measurement(server.metrics().block_size)
-    for attempt in range(ATTEMPTS):
-        shown = question.max_tokens if attempt == 0 else 0
-        _sample(server, question, measured, avl=avl, shown=shown)
+    for _ in range(ATTEMPTS):
+        _sample(server, question, measured, avl=avl)
         if len(measured.usable) >= ENOUGH:
-            print("\n")
             return measured
     raise ServerError(
         f"too few looks at /metrics in {ATTEMPTS} answers: raise --max-tokens"
@@ -77,24 +75,21 @@ def ask(server: Server, question: Question, *, avl: bool) -> Measurement:
 
 
 def _sample(
-    server: Server, question: Question, measured: Measurement, *, avl: bool, shown: int
+    server: Server, question: Question, measured: Measurement, *, avl: bool
 ) -> None:
-    """Stream an answer, print its first `shown` chunks, and add to `measured`."""
+    """Stream an answer and add to `measured`."""
     xargs = {} if avl else {"vllm_xargs": {"avl": 0}}
     before = settled_tokens(server)
     stream = server.client().chat.completions.create(
         model=server.model,
         messages=question.messages,
-        # The answer goes on, unseen, until there are enough samples.
+        # Past its end, until there are enough samples.
         max_tokens=4 * question.max_tokens,
         temperature=0,
         stream=True,
         extra_body={"ignore_eos": True, "stream_options": EVERY_CHUNK, **xargs},
     )
     for number, chunk in enumerate(stream):
-        if number < shown:
-            for choice in chunk.choices:
-                print(choice.delta.content or "", end="", flush=True)
         if chunk.usage is not None:
             measured.num_prompt_tokens = chunk.usage.prompt_tokens
         if number >= FIRST_SAMPLE:
@@ -103,7 +98,7 @@ def _sample(
             # The answer may have ended since its chunk was sent.
             if metrics.held_blocks > 0:
                 measured.held_blocks[length] = metrics.held_blocks
-        if number >= shown and len(measured.usable) >= ENOUGH:
+        if len(measured.usable) >= ENOUGH:
             break
     stream.close()
 

@@ -1,0 +1,183 @@
+"""Accuracy against the KV cache that is kept, for every policy and task.
+
+The bundled model answers held-out questions through the real engine: stock, without
+the pictures, with other pictures, and with every policy at every budget. Each score has
+a 95 % bootstrap interval and stands beside the KV bytes that a request holds while it
+is answered and the tokens per second of the run. The CSV is written cell by cell, and
+what is in it is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import numpy as np
+from report import RESULTS, append_rows, machine, print_heading, print_table
+from scipy.stats import bootstrap
+from scoring.cells import STOCK, Cell, grid, quick_grid
+from scoring.plot import Row, draw
+from tqdm import tqdm
+
+from vllm_avl.bundled import WEIGHTS
+from vllm_avl.bundled.evaluate import ALL_TASKS, Question, questions, scores
+from vllm_avl.bundled.export import checksum
+
+if TYPE_CHECKING:
+    from scoring.engine import Engine
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+SETTINGS = ("name", "S", "C", "K", "T")
+KEY = ("model", "first", "questions", "task", "part", *SETTINGS)
+RESAMPLES = 2000
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what is missing in the CSV; print the table and draw the plot."""
+    args = parse(argv)
+    file = args.results / "accuracy.csv"
+    model = {
+        "model": checksum(args.model / "model.safetensors")[:8],
+        "first": args.first,
+        "questions": args.count,
+    }
+    if not args.only_table:
+        measure(args, file, model)
+    wanted = {name: str(value) for name, value in model.items()}
+    rows = [
+        row
+        for row in read(file)
+        if row["task"] in args.tasks and wanted.items() <= row.items()
+    ]
+    if not rows:
+        raise SystemExit(f"{file} has no row of {wanted}: measure without --only-table")
+    draw(rows, args.results / "accuracy.png")
+    print_heading("Accuracy over KV kept", {**machine(), **model})
+    print_table(tabulate(rows))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", type=Path, default=WEIGHTS, help="folder of the checkpoint")
+    add("--tasks", nargs="+", choices=ALL_TASKS, default=list(ALL_TASKS))
+    add("--count", type=int, default=200, help="questions of each task")
+    add("--first", type=int, default=0, help="question; tune on others than these")
+    add("--quick", action="store_true", help="8 questions and a cell of each kind")
+    add("--only-table", action="store_true", help="measure nothing")
+    add("--results", type=Path, default=RESULTS, help="folder of CSV and plot")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.count = 8
+    return args
+
+
+def measure(args: argparse.Namespace, file: Path, model: dict[str, object]) -> None:
+    """Answer the questions of every cell that the CSV lacks."""
+    done = {tuple(row[name] for name in KEY) for row in read(file)}
+    todo = [
+        (task, cell)
+        for task in args.tasks
+        for cell in (quick_grid() if args.quick else grid())
+        if _key({**model, "task": task, **cell.columns}) not in done
+    ]
+    if not todo:
+        return
+    # It starts vLLM, which reads the environment above.
+    from scoring.engine import Engine
+
+    engine = Engine(args.model)
+    facts = machine()
+    warm = ""
+    for task, cell in (progress := tqdm(todo, unit="cell", disable=None)):
+        progress.set_description(f"{task}: {cell.name}")
+        control = cell.name if cell.part == "control" else "full"
+        asked = questions(task, args.count, control, args.first)
+        if task != warm:
+            # Else the first cell alone would pay for reading the pictures.
+            engine.serve(questions(task, args.count, "full", args.first), task, STOCK)
+            warm = task
+        row = _measure_cell(engine, task, cell, asked)
+        append_rows(file, [{**facts, **model, **row}])
+
+
+def _measure_cell(
+    engine: Engine, task: str, cell: Cell, asked: Sequence[Question]
+) -> dict[str, object]:
+    served = engine.serve(asked, task, cell.settings)
+    each = scores(task, served.answers, asked)
+    low, high = interval(each)
+    return {
+        "task": task,
+        **cell.columns,
+        "score": fmean(each),
+        "low": low,
+        "high": high,
+        "kv_bytes": served.kv_bytes,
+        "tokens_per_s": served.tokens_per_second,
+    }
+
+
+def interval(each: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the mean of `each`."""
+    if min(each) == max(each):
+        return each[0], each[0]
+    found = bootstrap(
+        (each,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=0
+    )
+    return found.confidence_interval.low, found.confidence_interval.high
+
+
+def read(file: Path) -> list[Row]:
+    """Return the rows of a CSV, none if it is not there."""
+    if not file.exists():
+        return []
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def tabulate(rows: Sequence[Row]) -> list[dict[str, object]]:
+    """Return a row a cell: its scores by task, and KV and speed as means of tasks."""
+    full = {row["task"]: row for row in rows if row["name"] == "full"}
+    cells: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        cells.setdefault(tuple(row[name] for name in SETTINGS), []).append(row)
+    table = []
+    for names, found in cells.items():
+        of_task = {row["task"]: row for row in found}
+        line: dict[str, object] = dict(zip(SETTINGS, names, strict=True))
+        for task in full:
+            line[task] = _score(of_task.get(task))
+        for title, column in (("KV kept", "kv_bytes"), ("tokens/s", "tokens_per_s")):
+            line[title] = f"{fmean(_ratio(row, full, column) for row in found):.2f}"
+        table.append(line)
+    return table
+
+
+def _score(row: Row | None) -> str:
+    if row is None:
+        return ""
+    score, low, high = (float(row[name]) for name in ("score", "low", "high"))
+    return f"{score:.1f} ±{(high - low) / 2:.1f}"
+
+
+def _ratio(row: Row, full: dict[str, Row], column: str) -> float:
+    return float(row[column]) / float(full[row["task"]][column])
+
+
+def _key(values: dict[str, object]) -> tuple[str, ...]:
+    return tuple(str(values[name]) for name in KEY)
+
+
+if __name__ == "__main__":
+    main()

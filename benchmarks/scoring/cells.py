@@ -1,0 +1,77 @@
+"""What the accuracy table is made of: policies and budgets, each a row of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+POLICIES = ("avl", "h2o", "fastv", "snapkv", "streaming", "random")
+STORE_RATIOS = (0.7, 0.5, 0.3, 0.2, 0.1)
+CORE_RATIOS = (0.4, 0.3, 0.2, 0.1)
+REFRESH_INTERVALS = (1, 8, 0)
+TEXT_KEEP_RATIOS = (0.7, 0.5, 0.3)
+STORED, CORE, INTERVAL = 0.5, 0.3, 3
+"""Where one ratio is varied, the others stay here."""
+STOCK = {"avl": 0}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """How all questions of a task are served once.
+
+    Attributes:
+        part: `control`, or the axis of the grid it is on.
+        name: the control, or the policy.
+        settings: of every request, as `vllm_xargs`.
+    """
+
+    part: str
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> dict[str, object]:
+        """What tells the cell from the others, for the table."""
+        get = self.settings.get
+        return {
+            "part": self.part,
+            "name": self.name,
+            "S": get("avl_store_ratio", 1),
+            "C": get("avl_core_ratio", get("avl_store_ratio", 1)),
+            "K": get("avl_refresh_interval", "-"),
+            "T": get("avl_text_keep_ratio", 1),
+        }
+
+
+def grid() -> list[Cell]:
+    """Return all cells: controls first, then each axis around the usual setting."""
+    cells = [Cell("control", name, STOCK) for name in ("full", "blind", "shuffled")]
+    cells += [
+        Cell("store", policy, {"avl_policy": policy, "avl_store_ratio": ratio})
+        for policy in POLICIES
+        for ratio in STORE_RATIOS
+    ]
+    core = {"avl_policy": "avl", "avl_store_ratio": STORED}
+    for ratio in CORE_RATIOS:
+        of_core = {"avl_core_ratio": ratio, "avl_refresh_interval": INTERVAL}
+        cells.append(Cell("core", "avl", core | of_core))
+    for interval in REFRESH_INTERVALS:
+        of_interval = {"avl_core_ratio": CORE, "avl_refresh_interval": interval}
+        cells.append(Cell("interval", "avl", core | of_interval))
+    for ratio in TEXT_KEEP_RATIOS:
+        of_text = {"avl_policy": "avl", "avl_store_ratio": 1.0}
+        cells.append(Cell("text", "avl", of_text | {"avl_text_keep_ratio": ratio}))
+    return cells
+
+
+def quick_grid() -> list[Cell]:
+    """Return one cell of each kind."""
+    kinds: dict[tuple[str, str], Cell] = {}
+    for cell in grid():
+        kinds.setdefault((cell.part, cell.name), cell)
+    return [
+        cell
+        for cell in kinds.values()
+        if cell.part != "store" or cell.name in ("avl", "random")
+    ]
