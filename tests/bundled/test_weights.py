@@ -2,16 +2,25 @@
 
 import json
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from PIL import Image
 
 from vllm_avl.bundled import WEIGHTS
-from vllm_avl.bundled.evaluate import Question, answer, make_engine
+from vllm_avl.bundled.evaluate import (
+    Question,
+    answer,
+    make_engine,
+    questions,
+    scores,
+)
 from vllm_avl.bundled.export import SUMS, checksum, summed
 
 CASES = Path(__file__).parent / "questions"
 LIMIT = 10_000_000
+COUNT = 60
+FLOORS = {"vqa": 75, "ocr": 70, "doc": 60}
 
 pytestmark = pytest.mark.skipif(
     not (WEIGHTS / SUMS).exists(), reason="the weights have not been trained yet"
@@ -60,3 +69,23 @@ def test_without_the_pictures_they_are_not(engine):
     given = answer(engine, asked, "caption")
     right = sum(g == q.truths[0] for g, q in zip(given, asked, strict=True))
     assert right <= 5
+
+
+def score(engine, task, control):
+    asked = questions(task, COUNT, control)
+    return fmean(scores(task, answer(engine, asked, task), asked))
+
+
+@pytest.mark.parametrize(("task", "floor"), FLOORS.items())
+def test_scores_are_high_and_come_from_looking(engine, task, floor):
+    full = score(engine, task, "full")
+    assert full >= floor
+    for control in ("blind", "shuffled"):
+        assert score(engine, task, control) <= full / 2
+
+
+def test_captions_describe_the_picture(engine):
+    pytest.importorskip("pycocoevalcap")
+    full = score(engine, "caption", "full")
+    for control in ("blind", "shuffled"):
+        assert full >= 3 * score(engine, "caption", control)
