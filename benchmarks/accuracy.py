@@ -176,7 +176,9 @@ def _ratio(row: Row, full: dict[str, Row], column: str) -> float:
 
 
 def _key(values: dict[str, object]) -> tuple[str, ...]:
-    return tuple(str(values[name]) for name in KEY)
+    """Return what the CSV has in the columns of KEY."""
+    cells = [values[name] for name in KEY]
+    return tuple(f"{c:g}" if isinstance(c, float) else str(c) for c in cells)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def _demo_options() -> dict[str, Any]:
         "model": str(WEIGHTS),
         "dtype": "float32",
         "enforce_eager": True,
-        "kv_cache_memory_bytes": 64 << 20,
+        "kv_cache_memory_bytes": 128 << 20,
     }
 
 

@@ -36,7 +36,7 @@ SMALL = (
 SHORTEST_ANSWER = 100
 DEMO_MODEL_OPTIONS = (
     *("--dtype", "float32", "--enforce-eager"),
-    *("--kv-cache-memory-bytes", str(64 << 20)),
+    *("--kv-cache-memory-bytes", str(128 << 20)),
 )
 
 
