@@ -52,9 +52,20 @@ def test_the_folder_is_small():
     assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) < LIMIT
 
 
-@pytest.fixture(scope="module", params=[None, {"vision_store_ratio": 0.9}])
-def engine(request):
-    return make_engine(WEIGHTS, request.param)
+@pytest.fixture(scope="module")
+def started():
+    """Both engines until the end: one that is collected takes vLLM's groups with it."""
+    engines = {}
+    yield engines
+    for llm in engines.values():
+        llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(params=[None, {"vision_store_ratio": 0.9}], ids=["stock", "avl"])
+def engine(request, started):
+    if request.param_index not in started:
+        started[request.param_index] = make_engine(WEIGHTS, request.param)
+    return started[request.param_index]
 
 
 def test_ten_fixed_questions_are_answered(engine):
