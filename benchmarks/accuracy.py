@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from report import RESULTS, append_rows, machine, print_heading, print_table
 from scipy.stats import bootstrap
-from scoring.cells import STOCK, Cell, grid, quick_grid
+from scoring.cells import STOCK, Cell, Settings, grid, quick_grid, tuning_grid
 from scoring.plot import Row, draw
 from tqdm import tqdm
 
@@ -34,15 +36,17 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-SETTINGS = ("name", "S", "C", "K", "T")
+SETTINGS = ("name", "S", "C", "K", "T", "window", "heads")
 KEY = ("model", "first", "questions", "task", "part", *SETTINGS)
 RESAMPLES = 2000
+VALIDATION = 100_000
+"""First question that settings are chosen by; the table asks those from 0 on."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is missing in the CSV; print the table and draw the plot."""
     args = parse(argv)
-    file = args.results / "accuracy.csv"
+    file = args.results / ("tuning.csv" if args.tune else "accuracy.csv")
     model = {
         "model": checksum(args.model / "model.safetensors")[:8],
         "first": args.first,
@@ -58,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     if not rows:
         raise SystemExit(f"{file} has no row of {wanted}: measure without --only-table")
-    draw(rows, args.results / "accuracy.png")
+    if not args.tune:
+        draw(rows, args.results / "accuracy.png")
     print_heading("Accuracy over KV kept", {**machine(), **model})
     print_table(tabulate(rows))
 
@@ -72,13 +77,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", type=Path, default=WEIGHTS, help="folder of the checkpoint")
     add("--tasks", nargs="+", choices=ALL_TASKS, default=list(ALL_TASKS))
     add("--count", type=int, default=200, help="questions of each task")
-    add("--first", type=int, default=0, help="question; tune on others than these")
+    add(
+        "--tune",
+        action="store_true",
+        help="vary which prompt rows score, and how, on a validation split; tuning.csv",
+    )
     add("--quick", action="store_true", help="8 questions and a cell of each kind")
     add("--only-table", action="store_true", help="measure nothing")
     add("--results", type=Path, default=RESULTS, help="folder of CSV and plot")
     args = parser.parse_args(argv)
+    args.first = VALIDATION if args.tune else 0
+    args.grid = tuning_grid if args.tune else grid
     if args.quick:
-        args.count = 8
+        args.count, args.grid = 8, quick_grid
     return args
 
 
@@ -88,27 +99,37 @@ def measure(args: argparse.Namespace, file: Path, model: dict[str, object]) -> N
     todo = [
         (task, cell)
         for task in args.tasks
-        for cell in (quick_grid() if args.quick else grid())
+        for cell in args.grid()
         if _key({**model, "task": task, **cell.columns}) not in done
     ]
-    if not todo:
-        return
+    # Drawing pictures takes as long as answering.
+    asked = cache(partial(questions, count=args.count, first=args.first))
+    facts = machine()
+    with tqdm(total=len(todo), unit="cell", disable=None) as progress:
+        for server in dict.fromkeys(cell.server for _, cell in todo):
+            together = [work for work in todo if work[1].server == server]
+            with _started(args.model, server) as engine:
+                for task in dict.fromkeys(task for task, _ in together):
+                    # Else the first cell alone would pay for reading the pictures.
+                    engine.serve(asked(task, control="full"), task, STOCK)
+                for task, cell in together:
+                    progress.set_description(f"{task}: {cell.name}")
+                    shown = asked(task, control=cell.control)
+                    row = _measure_cell(engine, task, cell, shown)
+                    append_rows(file, [{**facts, **model, **row}])
+                    progress.update()
+
+
+@contextmanager
+def _started(model: Path, server: Settings) -> Iterator[Engine]:
     # It starts vLLM, which reads the environment above.
     from scoring.engine import Engine
 
-    engine = Engine(args.model)
-    facts = machine()
-    warm = ""
-    for task, cell in (progress := tqdm(todo, unit="cell", disable=None)):
-        progress.set_description(f"{task}: {cell.name}")
-        control = cell.name if cell.part == "control" else "full"
-        asked = questions(task, args.count, control, args.first)
-        if task != warm:
-            # Else the first cell alone would pay for reading the pictures.
-            engine.serve(questions(task, args.count, "full", args.first), task, STOCK)
-            warm = task
-        row = _measure_cell(engine, task, cell, asked)
-        append_rows(file, [{**facts, **model, **row}])
+    engine = Engine(model, dict(server))
+    try:
+        yield engine
+    finally:
+        engine.close()
 
 
 def _measure_cell(

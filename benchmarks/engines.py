@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,12 +48,10 @@ class Request:
 class Run:
     """What one workload did on one engine."""
 
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    """Processor time of this process, all threads: what a busy machine leaves alone."""
     outputs: dict[str, list[int]] = field(default_factory=dict)
     step_seconds: list[float] = field(default_factory=list)
     step_cpu_seconds: list[float] = field(default_factory=list)
+    """Processor time of this process, all threads: what a busy machine leaves alone."""
     prompt_step: list[bool] = field(default_factory=list)
     """Whether the step computed prompt tokens."""
     running: list[int] = field(default_factory=list)
@@ -61,6 +60,16 @@ class Run:
     preemptions: int = 0
     adapted: set[str] = field(default_factory=set)
     """Requests that were compacted."""
+
+    @property
+    def seconds(self) -> float:
+        """Time of all steps."""
+        return sum(self.step_seconds)
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Processor time of all steps."""
+        return sum(self.step_cpu_seconds)
 
     @property
     def output_tokens(self) -> int:
@@ -157,29 +166,38 @@ class Engine:
     ) -> Run:
         """Serve `workload`, all of it waiting from the start, with a cold prefix cache.
 
-        The clock covers the engine's steps: images are resized before, in the front
-        end, which a server runs in another process.
-
         Args:
             workload: the requests.
             xargs: of every request; None leaves a stock engine alone.
             on_tokens: told how many tokens each step generated.
         """
+        steps = self.steps(workload, xargs)
+        while True:
+            try:
+                on_tokens(next(steps))
+            except StopIteration as end:
+                return end.value
+
+    def steps(
+        self, workload: Sequence[Request], xargs: Mapping[str, Any] | None = None
+    ) -> Generator[int, None, Run]:
+        """Serve as `run` does; yield the tokens of each step, return the run.
+
+        The clock covers the engine's steps: images are resized before, in the front
+        end, which a server runs in another process.
+        """
         self._engine.reset_prefix_cache()
         order = [self._add(request, xargs) for request in workload]
         run = Run()
         undo = _record(self._inside.scheduler, run)
-        start, cpu_start = time.perf_counter(), time.process_time()
         while self._engine.has_unfinished_requests():
             before, cpu_before = time.perf_counter(), time.process_time()
             finished = self._engine.step()
             run.step_seconds.append(time.perf_counter() - before)
             run.step_cpu_seconds.append(time.process_time() - cpu_before)
-            on_tokens(run.running[-1])
             for output in finished:
                 run.outputs[output.request_id] = list(output.outputs[0].token_ids)
-        run.seconds = time.perf_counter() - start
-        run.cpu_seconds = time.process_time() - cpu_start
+            yield run.running[-1]
         undo()
         run.outputs = {request_id: run.outputs[request_id] for request_id in order}
         return run
@@ -210,6 +228,28 @@ class Engine:
         request_id = str(self._count)
         self._engine.add_request(request_id, prompt, params)
         return request_id
+
+
+def run_together(
+    engines: Mapping[str, Engine], workload: Sequence[Request]
+) -> dict[str, Run]:
+    """Serve `workload` on every engine, a step of each in turn.
+
+    Whatever slows the machine down for longer than a step meets all of them alike.
+    """
+    serving = {name: engine.steps(workload) for name, engine in engines.items()}
+    runs: dict[str, Run] = {}
+    for first in itertools.count():
+        names = list(serving)
+        for name in names[first % len(names) :] + names[: first % len(names)]:
+            try:
+                next(serving[name])
+            except StopIteration as end:
+                runs[name] = end.value
+                del serving[name]
+        if not serving:
+            break
+    return runs
 
 
 def _record(scheduler: Any, run: Run) -> Callable[[], None]:

@@ -1,9 +1,9 @@
 """What it costs to operate: `engage: pressure` with a loose and a tight pool, metrics.
 
-Every case compares variants with a baseline in the same interleaved run: with a loose
-pool `engage: pressure` adapts nobody and is compared with stock, with a tight one it is
-compared with `engage: always`, and an engine whose metrics and introspection are on
-with one that counts nothing for anybody.
+Every case compares variants with a baseline in the same run, a step of each engine in
+turn. With a loose pool `engage: pressure` adapts nobody and is compared with stock;
+with a tight one it is compared with `engage: always`. An engine whose metrics and
+introspection are on is compared with one that counts nothing for anybody.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import arguments
 import checkpoints
-from engines import Engine, Request, Run, requests
+from engines import Engine, Request, Run, requests, run_together
 from report import append_rows, machine, print_heading, print_table, spread
 from tqdm import tqdm
 
@@ -92,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = checkpoints.build(args.checkpoints, arguments.model_size(args))
     workload = requests(args.requests, args.images, args.output_tokens, args.seed)
     rows = []
-    total = sum(len(case.variants) for case in args.cases) * args.repeats
-    with tqdm(total=total, unit="run", disable=None) as progress:
+    total = len(args.cases) * args.repeats
+    with tqdm(total=total, unit="repeat", disable=None) as progress:
         for case in args.cases:
             runs = measure(case, model, workload, args, progress)
             rows += summarize(case, runs)
@@ -146,7 +146,7 @@ def measure(
     args: argparse.Namespace,
     progress: tqdm,
 ) -> Runs:
-    """Serve the workload with every variant in turn."""
+    """Serve the workload with all variants, step by step."""
     longest = workload[0].num_tokens + args.block_size
     fitting = args.pool_requests if case.tight else 2 * args.max_num_seqs
     engines = {
@@ -163,12 +163,11 @@ def measure(
         for name, variant in case.variants.items()
     }
     runs: Runs = {name: [] for name in engines}
-    for repeat in range(args.repeats):
-        names = list(engines)
-        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
-            progress.set_description(f"{case.name}: {name}")
-            runs[name].append(engines[name].run(workload))
-            progress.update()
+    progress.set_description(case.name)
+    for _ in range(args.repeats):
+        for name, run in run_together(engines, workload).items():
+            runs[name].append(run)
+        progress.update()
     for engine in engines.values():
         engine.close()
     return runs

@@ -11,9 +11,12 @@ STORE_RATIOS = (0.7, 0.5, 0.3, 0.2, 0.1)
 CORE_RATIOS = (0.4, 0.3, 0.2, 0.1)
 REFRESH_INTERVALS = (1, 8, 0)
 TEXT_KEEP_RATIOS = (0.7, 0.5, 0.3)
+WINDOWS = (1, 4, 8, 16, 32, 64)
 STORED, CORE, INTERVAL = 0.5, 0.3, 3
 """Where one ratio is varied, the others stay here."""
 STOCK = {"avl": 0}
+
+Settings = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,18 @@ class Cell:
         part: `control`, or the axis of the grid it is on.
         name: the control, or the policy.
         settings: of every request, as `vllm_xargs`.
+        server: settings that only a server can have.
     """
 
     part: str
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    server: Settings = ()
+
+    @property
+    def control(self) -> str:
+        """Which pictures are shown, as `bundled.evaluate.questions` takes it."""
+        return self.name if self.part == "control" else "full"
 
     @property
     def columns(self) -> dict[str, object]:
@@ -41,6 +51,8 @@ class Cell:
             "C": get("avl_core_ratio", get("avl_store_ratio", 1)),
             "K": get("avl_refresh_interval", "-"),
             "T": get("avl_text_keep_ratio", 1),
+            "window": dict(self.server).get("observation_window", "-"),
+            "heads": dict(self.server).get("head_reduction", "-"),
         }
 
 
@@ -65,10 +77,34 @@ def grid() -> list[Cell]:
     return cells
 
 
+def tuning_grid() -> list[Cell]:
+    """Return what defaults are chosen from: which prompt rows score, and how."""
+    ratios = [{"avl_store_ratio": ratio} for ratio in (STORED, 0.3, 0.1)]
+    ratios += [
+        {
+            "avl_store_ratio": STORED,
+            "avl_core_ratio": CORE,
+            "avl_refresh_interval": interval,
+        }
+        for interval in (INTERVAL, 8)
+    ]
+    servers: list[Settings] = [(("observation_window", rows),) for rows in WINDOWS]
+    servers += [
+        (("observation_window", rows), ("head_reduction", "max")) for rows in (1, 16)
+    ]
+    cells = [Cell("control", "full", STOCK)]
+    cells += [
+        Cell("tuning", "avl", settings, server)
+        for server in servers
+        for settings in ratios
+    ]
+    return cells
+
+
 def quick_grid() -> list[Cell]:
     """Return one cell of each kind."""
     kinds: dict[tuple[str, str], Cell] = {}
-    for cell in grid():
+    for cell in [*grid(), *tuning_grid()]:
         kinds.setdefault((cell.part, cell.name), cell)
     return [
         cell

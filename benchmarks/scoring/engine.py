@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,10 +33,16 @@ class Served:
 class Engine:
     """vLLM with adaptive attention; every request says how it is served."""
 
-    def __init__(self, model: Path) -> None:
-        """Start it, without a prefix cache, so that every cell does all its work."""
+    def __init__(self, model: Path, settings: Mapping[str, Any]) -> None:
+        """Start it, without a prefix cache, so that every cell does all its work.
+
+        Args:
+            model: folder of the checkpoint.
+            settings: of the plug-in, where they are not its defaults.
+        """
         self._inside = engine.Engine(
             model,
+            avl=dict(settings),
             max_model_len=2048,
             max_num_seqs=16,
             kv_cache_memory_bytes=POOL_BYTES,
@@ -82,6 +89,12 @@ class Engine:
             fmean(self._held) * self._block_bytes,
             sum(len(answer.token_ids) for answer in answers) / seconds,
         )
+
+    def close(self) -> None:
+        """Shut it down before another one starts."""
+        self._inside.shutdown()
+        del self._inside
+        gc.collect()
 
 
 def _held_by_decodes(scheduler: Any) -> list[int]:

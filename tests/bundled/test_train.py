@@ -1,5 +1,6 @@
 """Training: resumable to the bit, and the language model's positions are LLaVA's."""
 
+import pytest
 import torch
 
 from vllm_avl.bundled import schedule
@@ -57,10 +58,23 @@ def test_all_patches_give_what_llava_gives(tmp_path):
         )
 
 
-def test_the_rates_fall_and_the_stages_follow(monkeypatch):
-    monkeypatch.setattr(schedule, "STAGES", STAGES)
-    names = [schedule.stage_at(step)[0].name for step in range(5)]
-    assert names == ["tower", "tower", "answers", "answers", "answers"]
+def test_the_stages_follow_one_another():
+    names = [schedule.stage_at(step)[0].name for step in range(schedule.TOTAL)]
+    lengths = {stage.name: stage.steps for stage in schedule.STAGES}
+    assert names == [name for name, steps in lengths.items() for _ in range(steps)]
+
+
+def test_in_every_stage_the_rate_rises_from_zero_and_then_falls():
+    start = 0
+    for stage in schedule.STAGES:
+        rates = [schedule.stage_at(start + step)[1] for step in range(stage.steps)]
+        top = rates.index(max(rates))
+        assert rates[0] < stage.peak / 10
+        assert top < schedule.WARM_UP
+        assert rates[:top] == sorted(rates[:top])
+        assert rates[top:] == sorted(rates[top:], reverse=True)
+        assert rates[-1] == pytest.approx(stage.end, rel=0.1)
+        start += stage.steps
 
 
 def test_the_projector_starts_with_features_of_equal_spread(tmp_path):

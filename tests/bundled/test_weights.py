@@ -22,10 +22,6 @@ LIMIT = 10_000_000
 COUNT = 60
 FLOORS = {"vqa": 75, "ocr": 70, "doc": 60}
 
-pytestmark = pytest.mark.skipif(
-    not (WEIGHTS / SUMS).exists(), reason="the weights have not been trained yet"
-)
-
 
 def cases():
     """The ten fixed questions: pictures, text and the answer of the weights."""
@@ -96,7 +92,6 @@ def test_scores_are_high_and_come_from_looking(engine, task, floor):
 
 
 def test_captions_describe_the_picture(engine):
-    pytest.importorskip("pycocoevalcap")
     full = score(engine, "caption", "full")
     for control in ("blind", "shuffled"):
         assert full >= 3 * score(engine, "caption", control)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 
@@ -124,11 +124,7 @@ class Layer:
         if plan.has_core and state.policy.refreshes:
             num_secondary = self._num_secondary(state)
             labels = self._label(task, rows, probabilities, 0, num_secondary)
-            before = rows.listed
-            num_entered: Any = self._place(task, rows, labels, rows.start)
-            if before is not None and rows.listed is not None:
-                # It stays on the device: nobody waits for it here.
-                num_entered = (rows.listed & ~before).sum()
+            num_entered = self._place(task, rows, labels, rows.start)
             self._count_turnover(state, rows, num_entered)
             self._note_core(task, rows)
 
@@ -258,7 +254,7 @@ class Layer:
         self._listing.list_core(self._cache_rows(task, rows, size), slots)
 
     def _count_turnover(
-        self, state: RequestState, rows: LayerRows, num_entered: Any
+        self, state: RequestState, rows: LayerRows, num_entered: int | torch.Tensor
     ) -> None:
         """Count what a refresh selected, and how much of it had not been core."""
         plan = state.plan
@@ -286,7 +282,7 @@ class Layer:
 
     def _place(
         self, task: Task, rows: LayerRows, labels: torch.Tensor, start: int
-    ) -> int:
+    ) -> int | torch.Tensor:
         """Let rows be evicted, stored and read as they are labelled.
 
         Args:
@@ -296,7 +292,8 @@ class Layer:
             start: first slot, in tokens of the request, that stays stored.
 
         Returns:
-            how many rows entered core in exchange for others, where core is packed.
+            how many rows entered core in exchange for others; where core is listed, a
+            scalar that stays on the device, as nobody waits for it here.
         """
         state = task.state
         if not state.lists_core:
@@ -307,8 +304,9 @@ class Layer:
         if start > rows.start:
             stored = labels.masked_fill(labels == SECONDARY, CORE)
             self._move(task, rows, stored, start, start)
+        before = rows.listed
         self._list_core(task, rows, by_position[rows.positions[0]])
-        return 0
+        return 0 if before is None else (rows.listed & ~before).sum()
 
     def _move(
         self,
