@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_avl.config import AVLConfig, parse_config, parse_overrides
+from vllm_avl.config import PRESETS, AVLConfig, parse_config, parse_overrides
 
 
 @pytest.mark.parametrize(
@@ -15,13 +15,18 @@ from vllm_avl.config import AVLConfig, parse_config, parse_overrides
         ({"vision_store_ratio": float("nan")}, "vision_store_ratio = nan: must be"),
         ({"vision_store_ratio": True}, "vision_store_ratio = True: must be a number"),
         (
+            {"preset": "fat"},
+            "additional_config.avl.preset = 'fat': must be one of balanced, lean, or",
+        ),
+        ({"preset": ["lean"]}, "preset = ['lean']: must be one of balanced, lean"),
+        (
             {"observation_window": 0},
             "observation_window = 0: must be an integer from 1",
         ),
         ({"observation_window": 1.5}, "observation_window = 1.5: must be an integer"),
         (
             {"ratio": 0.5},
-            "ratio: unknown setting; known are policy, vision_",
+            "ratio: unknown setting; known are preset, policy, vision_",
         ),
         ({"policy": "best"}, "policy = 'best': must be one of avl, fastv, full, h2o"),
         ({"policy": []}, "policy = []: must be one of avl"),
@@ -83,6 +88,8 @@ def test_defaults_and_others_settings():
         ({"avl_refresh_interval": -2}, "vllm_xargs.avl_refresh_interval = -2: must be"),
         ({"avl_refresh_interval": 2.5}, "avl_refresh_interval = 2.5: must be an int"),
         ({"avl_text_keep_ratio": "1"}, "avl_text_keep_ratio = '1': must be a number"),
+        ({"avl_preset": "fat"}, "avl_preset = 'fat': must be one of balanced, lean"),
+        ({"avl_preset": 1}, "vllm_xargs.avl_preset = 1: must be one of balanced"),
         ({"avl_stor_ratio": 1}, "vllm_xargs.avl_stor_ratio: unknown setting; known"),
     ],
 )
@@ -100,6 +107,31 @@ def test_overrides():
     assert parse_overrides({"avl_store_ratio": 0.2}).apply(config) == AVLConfig(
         vision_store_ratio=0.2
     )
+
+
+def test_what_is_set_beside_a_preset_wins():
+    assert parse_config({"avl": {"preset": "lean"}}) == AVLConfig(
+        preset="lean", **PRESETS["lean"]
+    )
+    settings = {"preset": "lean", "vision_store_ratio": 0.4, "vision_core_ratio": 0.1}
+    config = parse_config({"avl": settings})
+    assert (config.vision_store_ratio, config.vision_core_ratio) == (0.4, 0.1)
+
+
+def test_a_requests_preset_takes_nothing_from_the_server_but_what_it_leaves_open():
+    server = AVLConfig(
+        policy="h2o",
+        vision_store_ratio=0.9,
+        vision_core_ratio=0.8,
+        core_refresh_interval=7,
+        observation_window=3,
+    )
+    config = parse_overrides({"avl_preset": "lean"}).apply(server)
+    expected = {"preset": "lean", **PRESETS["lean"]}
+    assert config == server.model_copy(update=expected)
+    changed = parse_overrides({"avl_preset": "lean", "avl_store_ratio": 0.6})
+    assert changed.apply(server).vision_store_ratio == 0.6
+    assert changed.apply(server).core_ratio == 0.6
 
 
 def test_every_override():

@@ -44,13 +44,24 @@ def test_nothing_to_free_is_no_plan(num_tokens, ranges, ratio):
     assert plan_of(num_tokens, ranges, 32, ratio) is None
 
 
-def test_window_reaches_back_to_the_last_image_at_most():
-    assert plan_of(600, [(5, 300), (580, 590)], 32, 0.5, 64).num_scoring_rows == 20
-    assert plan_of(600, [(5, 300)], 32, 0.5, 64).num_scoring_rows == 64
+@pytest.mark.parametrize(
+    ("ranges", "policy", "expected"),
+    [
+        ([(5, 300)], "avl", 64),
+        ([(5, 300)], "snapkv", 64),
+        ([(5, 300), (580, 590)], "avl", 10),
+        ([(5, 300), (580, 590)], "snapkv", 20),
+        ([(5, 600)], "avl", 1),
+    ],
+    ids=["text", "any", "text-behind", "any-from-the-last-picture", "no-text-behind"],
+)
+def test_window_reaches_back_to_the_last_picture_at_most(ranges, policy, expected):
+    plan = plan_of(600, ranges, 32, 0.5, 64, policy=policy)
+    assert plan.num_scoring_rows == expected
 
 
 def test_hits_leave_the_scoring_rows_to_compute():
-    plan = plan_of(640, [(0, 600)], 32, 0.05, 100)
+    plan = plan_of(640, [(0, 540)], 32, 0.05, 100)
     assert plan.num_scoring_rows == 100
     assert plan.max_hit_tokens <= 640 - 100
     assert plan.max_hit_tokens % 32 == 0

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from vllm_avl.policies import POLICIES
 
@@ -21,6 +28,13 @@ def _only_switch(value: object) -> object:
     """Refuse all but 0 and 1, true and false: pydantic also takes "yes" and "off"."""
     if not isinstance(value, int) or value not in (0, 1):
         raise ValueError("not a switch")
+    return value
+
+
+def _only_preset(value: object) -> object:
+    """Refuse names that are not in `PRESETS`."""
+    if not isinstance(value, str) or value not in PRESETS:
+        raise ValueError("not a preset")
     return value
 
 
@@ -41,8 +55,26 @@ Count = Annotated[
     int, Field(ge=0, le=2**31 - 1, strict=True), BeforeValidator(_no_switch)
 ]
 PolicyName = Annotated[str, BeforeValidator(_only_policy)]
+PresetName = Annotated[str, BeforeValidator(_only_preset)]
 
 Model = TypeVar("Model", bound=BaseModel)
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "balanced": {
+        "policy": "avl",
+        "vision_store_ratio": 0.5,
+        "vision_core_ratio": None,
+        "text_keep_ratio": 1.0,
+    },
+    "lean": {
+        "policy": "avl",
+        "vision_store_ratio": 0.2,
+        "vision_core_ratio": None,
+        "text_keep_ratio": 1.0,
+    },
+}
+"""Settings that go together; what is set beside them wins. docs/accuracy.md has what
+they lose."""
 
 SERVER_PREFIX = "additional_config.avl."
 REQUEST_PREFIX = "vllm_xargs."
@@ -56,6 +88,9 @@ class AVLConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    preset: PresetName | None = Field(
+        None, description="balanced or lean: settings that go together"
+    )
     policy: PolicyName = Field("avl", description="the rule that ranks tokens")
     vision_store_ratio: Ratio = Field(
         0.5, description="vision tokens whose KV cache stays stored after prefill"
@@ -124,6 +159,13 @@ class AVLConfig(BaseModel):
         description="finished requests to remember which rows they stored; 0 is off",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, settings: Any) -> Any:
+        preset = settings.get("preset")
+        known = isinstance(preset, str) and preset in PRESETS
+        return {**PRESETS[preset], **settings} if known else settings
+
     @property
     def core_ratio(self) -> float:
         """`vision_core_ratio`, or all that is stored."""
@@ -138,6 +180,7 @@ class RequestOverrides(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     avl: Switch = Field(True, description="0 serves the request exactly as stock")
+    avl_preset: PresetName | None = Field(None, description="preset")
     avl_policy: PolicyName | None = Field(None, description="policy")
     avl_store_ratio: Ratio | None = Field(None, description="vision_store_ratio")
     avl_core_ratio: Ratio | None = Field(None, description="vision_core_ratio")
@@ -152,7 +195,8 @@ class RequestOverrides(BaseModel):
         Raises:
             ValueError: core would be larger than what is stored.
         """
-        changes = {
+        changes = dict(PRESETS[self.avl_preset]) if self.avl_preset else {}
+        changes |= {
             setting: value
             for name, setting in SETTING_OF_OVERRIDE.items()
             if (value := getattr(self, name)) is not None
@@ -168,6 +212,7 @@ class RequestOverrides(BaseModel):
 
 
 SETTING_OF_OVERRIDE = {
+    "avl_preset": "preset",
     "avl_policy": "policy",
     "avl_store_ratio": "vision_store_ratio",
     "avl_core_ratio": "vision_core_ratio",
@@ -249,7 +294,9 @@ def _check_pressure(config: AVLConfig) -> None:
 RATIO = "a number in (0, 1]"
 COUNT = "an integer from 0 to 2147483647"
 POLICY = f"one of {', '.join(POLICIES)}"
+PRESET = f"one of {', '.join(PRESETS)}"
 ALLOWED = {
+    "preset": f"{PRESET}, or null",
     "policy": POLICY,
     "vision_store_ratio": RATIO,
     "vision_core_ratio": f"{RATIO}, at most vision_store_ratio, or null",
@@ -268,6 +315,7 @@ ALLOWED = {
     "refresh_all_ranks": "true or false",
     "introspection": "an integer from 0 to 256",
     "avl": "0 or 1",
+    "avl_preset": PRESET,
     "avl_policy": POLICY,
     "avl_store_ratio": RATIO,
     "avl_core_ratio": f"{RATIO}, at most the store ratio",

@@ -195,8 +195,13 @@ def make_plan(
     assert num_core_blocks <= num_stored_blocks, "core is a part of what is stored"
     if window is None and num_core_blocks == num_full_blocks:
         return None
-    if last_encoded is None:
-        last_encoded = vision_ranges[-1][0]
+    policy = POLICIES[config.policy]
+    # From the last picture on at most: its encoder output is then the only one that
+    # the last chunk can be waiting for.
+    first_scoring = vision_ranges[-1][0] if last_encoded is None else last_encoded
+    if not policy.observes_vision:
+        last_vision = min(vision_ranges[-1][1], num_prompt_tokens - 1)
+        first_scoring = max(first_scoring, last_vision)
     return Plan(
         config=config,
         num_prompt_tokens=num_prompt_tokens,
@@ -205,11 +210,9 @@ def make_plan(
         num_stored_blocks=num_stored_blocks,
         num_core_blocks=num_core_blocks,
         vision_ranges=tuple(vision_ranges),
-        # From the last picture on at most: its encoder output is then the only one
-        # that the last chunk can be waiting for.
         num_scoring_rows=min(
-            config.observation_window or POLICIES[config.policy].window,
-            num_prompt_tokens - last_encoded,
+            config.observation_window or policy.window,
+            num_prompt_tokens - first_scoring,
         ),
         text_window=window,
     )

@@ -11,7 +11,7 @@ STORE_RATIOS = (0.7, 0.5, 0.3, 0.2, 0.1)
 CORE_RATIOS = (0.4, 0.3, 0.2, 0.1)
 REFRESH_INTERVALS = (1, 8, 0)
 TEXT_KEEP_RATIOS = (0.7, 0.5, 0.3)
-WINDOWS = (1, 4, 8, 16, 32, 64)
+WINDOWS = (1, 8, 16, 32)
 STORED, CORE, INTERVAL = 0.5, 0.3, 3
 """Where one ratio is varied, the others stay here."""
 STOCK = {"avl": 0}
@@ -79,19 +79,16 @@ def grid() -> list[Cell]:
 
 def tuning_grid() -> list[Cell]:
     """Return what defaults are chosen from: which prompt rows score, and how."""
-    ratios = [{"avl_store_ratio": ratio} for ratio in (STORED, 0.3, 0.1)]
+    ratios = [{"avl_store_ratio": ratio} for ratio in (STORED, 0.3, 0.2)]
     ratios += [
         {
             "avl_store_ratio": STORED,
             "avl_core_ratio": CORE,
-            "avl_refresh_interval": interval,
+            "avl_refresh_interval": INTERVAL,
         }
-        for interval in (INTERVAL, 8)
     ]
     servers: list[Settings] = [(("observation_window", rows),) for rows in WINDOWS]
-    servers += [
-        (("observation_window", rows), ("head_reduction", "max")) for rows in (1, 16)
-    ]
+    servers += [(("observation_window", 32), ("head_reduction", "max"))]
     cells = [Cell("control", "full", STOCK)]
     cells += [
         Cell("tuning", "avl", settings, server)

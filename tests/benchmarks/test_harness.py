@@ -37,11 +37,11 @@ def harness(monkeypatch):
 @pytest.fixture
 def functions(monkeypatch):
     monkeypatch.syspath_prepend(TASKS)
-    monkeypatch.delitem(sys.modules, "utils", raising=False)
-    import utils
+    monkeypatch.delitem(sys.modules, "bundled", raising=False)
+    import bundled
 
-    yield utils
-    del sys.modules["utils"]
+    yield bundled
+    del sys.modules["bundled"]
 
 
 @pytest.mark.parametrize("task", ALL_TASKS)
@@ -66,7 +66,7 @@ def test_right_answers_score_full_and_empty_ones_nothing(functions, harness, tas
     assert metric in harness.METRICS
     assert config["dataset_kwargs"]["data_files"]["test"] == f"{task}.jsonl"
     for key in ("doc_to_messages", "doc_to_target", "process_results"):
-        assert hasattr(functions, config[key].removeprefix("utils."))
+        assert hasattr(functions, config[key].removeprefix("bundled."))
     docs = [{"task": task, "number": number} for number in range(3)]
     totals = []
     for answer in (functions.target, lambda doc: ""):

@@ -1,11 +1,9 @@
 """The bundled checkpoint: unchanged, small, and seeing, through the real engine."""
 
-import json
-from pathlib import Path
 from statistics import fmean
 
 import pytest
-from PIL import Image
+from fixed_questions import fixed_questions
 
 from vllm_avl.bundled import WEIGHTS
 from vllm_avl.bundled.evaluate import (
@@ -17,24 +15,9 @@ from vllm_avl.bundled.evaluate import (
 )
 from vllm_avl.bundled.export import SUMS, checksum, summed
 
-CASES = Path(__file__).parent / "questions"
 LIMIT = 10_000_000
 COUNT = 60
 FLOORS = {"vqa": 75, "ocr": 70, "doc": 60}
-
-
-def cases():
-    """The ten fixed questions: pictures, text and the answer of the weights."""
-    rows = json.loads((CASES / "questions.json").read_text())
-    return [
-        Question(
-            [Image.open(CASES / name).convert("RGB") for name in row["images"]],
-            row["question"],
-            [row["answer"]],
-            tuple(tuple(turn) for turn in row["earlier"]),
-        )
-        for row in rows
-    ]
 
 
 def test_the_files_are_those_that_were_summed():
@@ -65,14 +48,14 @@ def engine(request, started):
 
 
 def test_ten_fixed_questions_are_answered(engine):
-    asked = cases()
+    asked = fixed_questions()
     assert len(asked) == 10
     given = answer(engine, asked, "caption")
     assert given == [question.truths[0] for question in asked]
 
 
 def test_without_the_pictures_they_are_not(engine):
-    asked = [Question([], q.text, q.truths) for q in cases()]
+    asked = [Question([], q.text, q.truths) for q in fixed_questions()]
     given = answer(engine, asked, "caption")
     right = sum(g == q.truths[0] for g, q in zip(given, asked, strict=True))
     assert right <= 5

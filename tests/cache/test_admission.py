@@ -83,7 +83,7 @@ def test_the_window_reaches_back_to_the_last_pictures_first_placeholder():
     mask = torch.ones(400, dtype=torch.bool)
     mask[::20] = False
     params = SamplingParams(max_tokens=8)
-    config = AVLConfig(observation_window=256)
+    config = AVLConfig(policy="snapkv", observation_window=256)
     rows = [feature(5, 200), feature(290, 400, is_embed=mask)]
     made = plan_request(request(rows, params), config, 32)
     assert made.num_scoring_rows == 256

@@ -51,6 +51,8 @@ class Policy(ABC):
 
     window: ClassVar[int] = 1
     """Last prompt tokens that score, unless a setting says otherwise."""
+    observes_vision: ClassVar[bool] = True
+    """Whether the last picture's own tokens may be among those that score."""
     ranks_text: ClassVar[bool] = False
     """Whether text competes with vision (the policy does not know modalities)."""
     per_head: ClassVar[bool] = False
