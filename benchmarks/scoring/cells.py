@@ -79,7 +79,7 @@ def grid() -> list[Cell]:
 
 def tuning_grid() -> list[Cell]:
     """Return what defaults are chosen from: which prompt rows score, and how."""
-    ratios = [{"avl_store_ratio": ratio} for ratio in (STORED, 0.3, 0.2)]
+    ratios = [{"avl_store_ratio": ratio} for ratio in (STORED, 0.2)]
     ratios += [
         {
             "avl_store_ratio": STORED,
@@ -94,6 +94,9 @@ def tuning_grid() -> list[Cell]:
         Cell("tuning", "avl", settings, server)
         for server in servers
         for settings in ratios
+    ]
+    cells += [
+        Cell("tuning", "avl", {"avl_store_ratio": ratio}) for ratio in (0.4, 0.3)
     ]
     return cells
 
