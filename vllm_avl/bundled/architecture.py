@@ -20,17 +20,10 @@ IMAGE_MEAN, IMAGE_STD = 0.75, 0.35
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast) -> transformers.LlavaConfig:
-    """Returns the configuration for this vocabulary."""
-    return transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(
-            hidden_size=VISION_SIZE,
-            intermediate_size=VISION_INTERMEDIATE,
-            num_hidden_layers=VISION_LAYERS,
-            num_attention_heads=VISION_SIZE // VISION_HEAD_SIZE,
-            image_size=SIZE,
-            patch_size=PATCH,
-        ),
-        text_config=transformers.LlamaConfig(
+    """Returns the configuration of *tiny* for this vocabulary."""
+    return llava_config(
+        tower_config(VISION_SIZE, VISION_LAYERS, VISION_INTERMEDIATE),
+        transformers.LlamaConfig(
             vocab_size=-(-len(tokenizer) // 64) * 64,
             hidden_size=TEXT_SIZE,
             intermediate_size=TEXT_INTERMEDIATE,
@@ -45,10 +38,37 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> transformers.LlavaConfig:
             pad_token_id=tokenizer.pad_token_id,
             tie_word_embeddings=False,
         ),
+        tokenizer,
+    )
+
+
+def tower_config(
+    size: int, layers: int, intermediate: int
+) -> transformers.CLIPVisionConfig:
+    """Returns the configuration of a tower for pictures of SIZE x SIZE."""
+    return transformers.CLIPVisionConfig(
+        hidden_size=size,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=size // VISION_HEAD_SIZE,
+        image_size=SIZE,
+        patch_size=PATCH,
+    )
+
+
+def llava_config(
+    tower: transformers.CLIPVisionConfig,
+    text: transformers.LlamaConfig,
+    tokenizer: PreTrainedTokenizerFast,
+) -> transformers.LlavaConfig:
+    """Returns the configuration of a tower and a language model together."""
+    return transformers.LlavaConfig(
+        vision_config=tower,
+        text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
         image_seq_length=NUM_PATCHES,
         vision_feature_layer=-1,
-        tie_word_embeddings=False,
+        tie_word_embeddings=text.tie_word_embeddings,
     )
 
 

@@ -1,6 +1,7 @@
 """Training batches, made from a step's number alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ from vllm_avl.bundled.architecture import IMAGE_MEAN, IMAGE_STD
 from vllm_avl.bundled.evidence import conditions, is_spelled
 from vllm_avl.bundled.picture import LABELS, NUM_PATCHES, Picture
 from vllm_avl.bundled.samples import Sample, make_sample
-from vllm_avl.bundled.tokens import ASSISTANT, EOS, USER, prefix
+from vllm_avl.bundled.tokens import WORDING
+from vllm_avl.bundled.wording import Wording
 
 SHARES = {"caption": 0.22, "vqa": 0.28, "doc": 0.28, "ocr": 0.22}
 """What a batch of one picture each is made of."""
@@ -45,6 +47,16 @@ class Batch:
     evidence: torch.Tensor
     tasks: list[str]
 
+    def to(self, device: torch.device) -> "Batch":
+        """Returns the batch with its tensors on a device."""
+        moved: dict[str, Any] = {}
+        for name in (field.name for field in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, torch.Tensor):
+                moved[name] = value.to(device)
+        labels = {name: value.to(device) for name, value in self.labels.items()}
+        return replace(self, labels=labels, **moved)
+
 
 class BatchMaker:
     """Makes the batch of a step, the same for a seed on every machine."""
@@ -55,11 +67,15 @@ class BatchMaker:
         seed: int,
         rank: int = 0,
         num_ranks: int = 1,
+        wording: Wording = WORDING,
+        points: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
         self.seed = seed
         self.rank = rank
         self.num_ranks = num_ranks
+        self.wording = wording
+        self.points = points
 
     def train(self, step: int, size: int, kept: int, text: bool = True) -> Batch:
         """Returns this rank's rows of batch number `step` of the training split.
@@ -117,10 +133,10 @@ class BatchMaker:
             _pixels(pictures, shape),
             _stack(keep, (*shape, kept)),
             labels,
-            torch.tensor(self._ids(prefix(num_images))),
+            torch.tensor(self._ids(self.wording.prefix(num_images))),
             text,
             targets,
-            _evidence(labels, asked, text.shape[1]),
+            _evidence(labels, asked if self.points else [], text.shape),
             [sample.task for sample in samples],
         )
 
@@ -148,8 +164,9 @@ class BatchMaker:
         due: list[int] = []
         places: Asked = []
         for question, answer in sample.turns:
-            asked = self._ids(f"{USER if ids else ''} {question} {ASSISTANT}")
-            answered = self._ids(f"{answer}{EOS}")
+            opening = self.wording.again if ids else ""
+            asked = self._ids(opening + self.wording.question.format(question))
+            answered = self._ids(self.wording.answer.format(answer))
             if ids and len(ids) + len(asked) + len(answered) > MAX_TEXT:
                 continue
             start = len(ids) + len(asked) - 1
@@ -163,10 +180,10 @@ Asked = list[tuple[str, range]]
 
 
 def _evidence(
-    labels: dict[str, torch.Tensor], asked: list[Asked], length: int
+    labels: dict[str, torch.Tensor], asked: list[Asked], shape: torch.Size
 ) -> torch.Tensor:
-    batch, num_images, kept = labels["index"].shape
-    evidence = torch.zeros(batch, length, kept, dtype=torch.bool)
+    _, num_images, kept = labels["index"].shape
+    evidence = torch.zeros(*shape, kept, dtype=torch.bool)
     if num_images != 1:
         return evidence
     for row, questions in enumerate(asked):

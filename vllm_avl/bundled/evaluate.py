@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from PIL import Image
+from transformers import PreTrainedTokenizerBase
 
 from vllm_avl.bundled import WEIGHTS, metrics
 from vllm_avl.bundled.samples import TASKS, Sample, make_sample
@@ -38,12 +39,33 @@ class Question:
 
     @property
     def request(self) -> dict[str, Any]:
-        """What `LLM.generate` takes."""
-        text = prompt(self.text, len(self.images), self.earlier)
+        """What `LLM.generate` takes, in the wording of the bundled weights."""
+        return self._request(prompt(self.text, len(self.images), self.earlier))
+
+    def request_for(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """Returns what `LLM.generate` takes, in the wording of a chat template."""
+        asked = [*(question for question, _ in self.earlier), self.text]
+        turns = [_turn("user", text) for text in asked]
+        turns[0]["content"] = [{"type": "image"} for _ in self.images] + (
+            turns[0]["content"]
+        )
+        for number, (_, given) in enumerate(self.earlier):
+            turns.insert(2 * number + 1, _turn("assistant", given))
+        return self._request(
+            tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True
+            )
+        )
+
+    def _request(self, text: str) -> dict[str, Any]:
         request: dict[str, Any] = {"prompt": text}
         if self.images:
             request["multi_modal_data"] = {"image": self.images}
         return request
+
+
+def _turn(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
 def questions(
@@ -103,7 +125,8 @@ def answer(llm: Any, asked: Sequence[Question], task: str) -> list[str]:
     from vllm import SamplingParams  # noqa: TID251
 
     params = SamplingParams(temperature=0, max_tokens=max_tokens(task))
-    requests = [question.request for question in asked]
+    tokenizer = llm.get_tokenizer()
+    requests = [question.request_for(tokenizer) for question in asked]
     outputs = llm.generate(requests, params, use_tqdm=False)
     return [output.outputs[0].text.strip() for output in outputs]
 

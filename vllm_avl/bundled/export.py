@@ -8,27 +8,39 @@ import torch
 import transformers
 
 from vllm_avl.bundled import WEIGHTS
-from vllm_avl.bundled.architecture import make_config, make_model, make_processor
-from vllm_avl.bundled.tokens import make_tokenizer
+from vllm_avl.bundled.architecture import make_processor
+from vllm_avl.bundled.sizes import SIZES, Size, tiny
 from vllm_avl.bundled.train import CHECKPOINT
+from vllm_avl.bundled.trained import load_trained
 from vllm_avl.testing.models.weights import restore_clip_names
 
 SUMS = "SHA256SUMS"
 PREFIX = "llava."
 
 
-def export(checkpoint: Path, out_dir: Path) -> None:
-    """Writes weights (half precision), configuration, tokenizer, processor and sums."""
-    tokenizer = make_tokenizer()
-    model = make_model(make_config(tokenizer), seed=0)
+def export(checkpoint: Path, out_dir: Path, size: Size | None = None) -> None:
+    """Writes weights (half precision), configuration, tokenizer, processor and sums.
+
+    Args:
+        checkpoint: What training saved.
+        out_dir: Gets the files.
+        size: Of the checkpoint; without it *tiny*.
+
+    Raises:
+        ValueError: The checkpoint is of another size.
+    """
+    size = size or tiny()
+    tokenizer, model = size.make(0)
     state = torch.load(checkpoint, weights_only=True, map_location="cpu")["learner"]
-    model.load_state_dict(
+    load_trained(
+        model,
         {
             name.removeprefix(PREFIX): weight
             for name, weight in state.items()
             if name.startswith(PREFIX)
-        }
+        },
     )
+    size.finish(model)
     model.generation_config = transformers.GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -61,12 +73,18 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path, help="the folder given to train --out")
     parser.add_argument(
-        "--out", type=Path, default=WEIGHTS, help="default: the bundled weights"
+        "--size", choices=SIZES, default="tiny", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="default for tiny: the bundled weights"
     )
     args = parser.parse_args()
-    export(args.run / CHECKPOINT, args.out)
-    size = sum(path.stat().st_size for path in args.out.iterdir())
-    print(f"{args.out}: {size / 1e6:.1f} MB")
+    if args.out is None and args.size != "tiny":
+        parser.error(f"--size {args.size} needs --out: its weights are not bundled")
+    out_dir = args.out or WEIGHTS
+    export(args.run / CHECKPOINT, out_dir, SIZES[args.size]())
+    num_bytes = sum(path.stat().st_size for path in out_dir.iterdir())
+    print(f"{out_dir}: {num_bytes / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

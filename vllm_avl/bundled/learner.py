@@ -50,18 +50,23 @@ class Learner(nn.Module):
         a tenth of them, and a language model that learns by descent finds them last.
         A GELU is linear far from zero: the shift makes the projector linear at first.
         """
+        embedding = self.llava.model.language_model.embed_tokens.weight
+        if embedding.requires_grad:
+            embedding *= EMBEDDING_RMS / embedding.std()
         features = self.look(batch).flatten(0, 1)
         mean = features.mean(0)
         values, vectors = torch.linalg.eigh((features - mean).T.cov())
         floor = values.mean() * 1e-3
         whiten = vectors @ torch.diag((values + floor).rsqrt()) @ vectors.T
         projector = self.llava.model.multi_modal_projector
+        width = projector.linear_2.out_features
+        whiten = _widening(width, len(mean)).to(whiten) @ whiten
+        rms = EMBEDDING_RMS if embedding.requires_grad else embedding.std().item()
+        rms *= (width / len(mean)) ** 0.5
         projector.linear_1.weight.copy_(whiten)
         projector.linear_1.bias.copy_(LINEAR_SHIFT - whiten @ mean)
-        projector.linear_2.weight.copy_(EMBEDDING_RMS * torch.eye(len(mean)))
-        projector.linear_2.bias.fill_(-EMBEDDING_RMS * LINEAR_SHIFT)
-        embedding = self.llava.model.language_model.embed_tokens.weight
-        embedding *= EMBEDDING_RMS / embedding.std()
+        projector.linear_2.weight.copy_(rms * torch.eye(width))
+        projector.linear_2.bias.fill_(-rms * LINEAR_SHIFT)
 
     def label_losses(
         self, features: torch.Tensor, batch: Batch
@@ -94,10 +99,11 @@ class Learner(nn.Module):
         parts, positions = self._prefix(features, batch)
         start = positions[-1][0, -1] + 1
         parts.append(language_model.embed_tokens(batch.text))
-        positions.append(torch.arange(length)[None].expand(rows, -1) + start)
+        places = torch.arange(length, device=batch.text.device)
+        positions.append(places[None].expand(rows, -1) + start)
         states = torch.cat(parts, 1)
         rotary = language_model.rotary_emb(states, torch.cat(positions, 1))
-        pointing = torch.zeros(())
+        pointing = torch.zeros((), device=batch.text.device)
         for number, layer in enumerate(language_model.layers):
             if number in POINTERS and batch.evidence.any():
                 first = parts[0].shape[1]
@@ -120,13 +126,22 @@ class Learner(nn.Module):
         for number, piece in enumerate(pieces):
             embedded = llava.model.language_model.embed_tokens(piece)
             parts.append(embedded[None].expand(rows, -1, -1))
-            positions.append(torch.arange(len(piece))[None].expand(rows, -1) + start)
+            places = torch.arange(len(piece), device=piece.device) + start
+            positions.append(places[None].expand(rows, -1))
             start += len(piece)
             if number < len(images):
                 parts.append(images[number])
                 positions.append(batch.keep[:, number] + start)
                 start += NUM_PATCHES
         return parts, [p for p in positions if p.shape[1]]
+
+
+def _widening(rows: int, columns: int) -> torch.Tensor:
+    """Returns orthonormal columns: the identity, or mixed where rows are more."""
+    if rows == columns:
+        return torch.eye(rows)
+    mixing = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    return torch.linalg.qr(mixing)[0]
 
 
 def _pointing(
@@ -148,7 +163,7 @@ def _pointing(
     query, key = apply_rotary_pos_emb(query, key, *rotary)
     query, key = query[:, :NUM_POINTERS, -length:], key[:, :NUM_POINTERS]
     scores = query @ key.transpose(-1, -2) * attention.scaling
-    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
     scores[..., -length:].masked_fill_(future, -torch.inf)
     log_shares = scores.log_softmax(-1)[..., first : first + kept]
     outside = ~batch.evidence[:, None]

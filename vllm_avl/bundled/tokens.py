@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from vllm_avl.bundled.documents import HEADERS, KEYS, KINDS
 from vllm_avl.bundled.picture import COLORS, SHAPES, SIZES
 from vllm_avl.bundled.scenes import NUMBERS
+from vllm_avl.bundled.wording import Wording
 
 PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 USER, ASSISTANT = "USER:", "ASSISTANT:"
@@ -19,6 +20,13 @@ WORDS = {
     *("image", "does", "say", "word", "number", "describe", "has", "yes", "no"),
 }
 
+WORDING = Wording(
+    first=f"{BOS}{USER}",
+    image=f" image {{}} {IMAGE}",
+    question=f" {{}} {ASSISTANT}",
+    answer=f" {{}}{EOS}",
+    again=USER,
+)
 # A reply ends with EOS, so that a next turn repeats what was decoded.
 CHAT_TEMPLATE = """\
 {{- bos_token }}
@@ -78,12 +86,6 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def prefix(num_images: int) -> str:
-    """Returns what stands in front of the first question."""
-    images = "".join(f" image {n + 1} {IMAGE}" for n in range(num_images))
-    return f"{BOS}{USER}{images}"
-
-
 def prompt(
     text: str, num_images: int = 1, earlier: Sequence[tuple[str, str]] = ()
 ) -> str:
@@ -96,5 +98,4 @@ def prompt(
         num_images: Images of the first turn.
         earlier: Questions and answers of the turns before this one.
     """
-    turns = "".join(f" {q} {ASSISTANT} {a}{EOS}{USER}" for q, a in earlier)
-    return f"{prefix(num_images)}{turns} {text} {ASSISTANT}"
+    return WORDING.prompt(text, num_images, earlier)
