@@ -95,9 +95,7 @@ def tuning_grid() -> list[Cell]:
         for server in servers
         for settings in ratios
     ]
-    cells += [
-        Cell("tuning", "avl", {"avl_store_ratio": ratio}) for ratio in (0.4, 0.3)
-    ]
+    cells += [Cell("tuning", "avl", {"avl_store_ratio": ratio}) for ratio in (0.4, 0.3)]
     return cells
 
 

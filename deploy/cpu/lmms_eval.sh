@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds .cache/lmms-eval: lmms-eval in an environment of its own, for benchmarks/harness.py.
+# Builds .cache/lmms-eval: lmms-eval in an environment of its own, for benchmarks/lmms.py.
 # It asks a server over HTTP, so torch is there only because lmms-eval imports it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

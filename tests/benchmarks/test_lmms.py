@@ -27,11 +27,11 @@ def load(name):
 
 
 @pytest.fixture
-def harness(monkeypatch):
+def lmms(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import harness
+    import lmms
 
-    return harness
+    return lmms
 
 
 @pytest.fixture
@@ -60,10 +60,10 @@ def test_a_chat_says_what_the_accuracy_table_asks(functions, task):
 
 
 @pytest.mark.parametrize("task", ALL_TASKS)
-def test_right_answers_score_full_and_empty_ones_nothing(functions, harness, task):
+def test_right_answers_score_full_and_empty_ones_nothing(functions, lmms, task):
     config = load("_bundled_template_yaml") | load(f"avl_{task}.yaml")
     (metric,) = [entry["metric"] for entry in config["metric_list"]]
-    assert metric in harness.METRICS
+    assert metric in lmms.METRICS
     assert config["dataset_kwargs"]["data_files"]["test"] == f"{task}.jsonl"
     for key in ("doc_to_messages", "doc_to_target", "process_results"):
         assert hasattr(functions, config[key].removeprefix("bundled."))
@@ -78,27 +78,27 @@ def test_right_answers_score_full_and_empty_ones_nothing(functions, harness, tas
     assert empty == 0
 
 
-def test_the_papers_metric_is_picked(harness):
+def test_the_papers_metric_is_picked(lmms):
     found = {"alias": "x", "anls,none": 61.5, "anls_stderr,none": 1.5}
-    row = harness.score(found)
+    row = lmms.score(found)
     assert row == {"metric": "anls", "score": 61.5, "stderr": 1.5}
     with pytest.raises(SystemExit, match="none of cider"):
-        harness.score({"alias": "x", "bleu,none": 1.0})
+        lmms.score({"alias": "x", "bleu,none": 1.0})
 
 
-def test_an_answer_that_never_came_is_no_wrong_answer(harness, tmp_path):
+def test_an_answer_that_never_came_is_no_wrong_answer(lmms, tmp_path):
     """A stand-in for lmms-eval writes what it writes when requests fail."""
     program = tmp_path / "python"
-    answers = {"doc_id": 0, "resps": [f"[{harness.FAILED} after 5 retries] timeout"]}
+    answers = {"doc_id": 0, "resps": [f"[{lmms.FAILED} after 5 retries] timeout"]}
     program.write_text(f"""#!/bin/sh
 mkdir -p answers/m
 echo '{{"results": {{}}}}' > answers/m/1_results.json
 echo '{json.dumps(answers)}' > answers/m/1_samples_avl_ocr.jsonl
 """)
     program.chmod(0o755)
-    args = harness.parse(["--python", str(program), "--tasks", "avl_ocr"])
+    args = lmms.parse(["--python", str(program), "--tasks", "avl_ocr"])
     with pytest.raises(SystemExit, match="requests failed"):
-        harness.ask("http://nowhere", tmp_path, args)
+        lmms.ask("http://nowhere", tmp_path, args)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ echo '{json.dumps(answers)}' > answers/m/1_samples_avl_ocr.jsonl
         (["--policies", "h20"], "--policies h20: known are avl"),
     ],
 )
-def test_what_cannot_run_is_refused_at_once(harness, capsys, options, message):
+def test_what_cannot_run_is_refused_at_once(lmms, capsys, options, message):
     with pytest.raises(SystemExit, match="2"):
-        harness.parse(options)
+        lmms.parse(options)
     assert message in capsys.readouterr().err

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         progress.set_description(policy)
         rows += measure(policy, args)
     facts = machine()
-    append_rows(args.results / "harness.csv", [{**facts, **row} for row in rows])
+    append_rows(args.results / "lmms.csv", [{**facts, **row} for row in rows])
     print_heading(f"lmms-eval, S = {args.store_ratio}", {**facts, "model": args.model})
     print_table(tabulate(rows))
 
@@ -77,9 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=REPOSITORY / ".cache/lmms-eval/bin/python",
         help="of the environment that has lmms-eval",
     )
-    add(
-        "--work", type=Path, default=REPOSITORY / ".cache/harness", help="logs, answers"
-    )
+    add("--work", type=Path, default=REPOSITORY / ".cache/lmms", help="logs, answers")
     add("--results", type=Path, default=RESULTS, help="folder of the CSV")
     add("serve", nargs="*", help="further arguments of vllm serve, behind --")
     args = parser.parse_args(argv)
