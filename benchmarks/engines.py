@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -238,17 +238,16 @@ def run_together(
     Whatever slows the machine down for longer than a step meets all of them alike.
     """
     serving = {name: engine.steps(workload) for name, engine in engines.items()}
+    order = deque(serving)
     runs: dict[str, Run] = {}
-    for first in itertools.count():
-        names = list(serving)
-        for name in names[first % len(names) :] + names[: first % len(names)]:
+    while order:
+        for name in list(order):
             try:
                 next(serving[name])
             except StopIteration as end:
                 runs[name] = end.value
-                del serving[name]
-        if not serving:
-            break
+                order.remove(name)
+        order.rotate(-1)
     return runs
 
 

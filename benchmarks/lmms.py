@@ -36,8 +36,12 @@ PAPER_TASKS = [
     "vqav2_val",
     "ocrbench",
 ]
-METRICS = ("cider", "nocaps_CIDEr", "flickr_CIDEr", "anls", "exact", "exact_match")
-METRICS += ("ocrbench_accuracy",)
+METRICS = (
+    *("cider", "nocaps_CIDEr", "flickr_CIDEr", "anls"),
+    *("exact", "exact_match", "ocrbench_accuracy"),
+)
+QUESTIONS = 200
+"""Of each bundled task, unless there is a limit."""
 FAILED = "LMMS_EVAL_REQUEST_FAILED"
 BUNDLED_OPTIONS = [
     *("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"),
@@ -50,11 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Serve and ask, policy by policy; print the table and append to the CSV."""
     args = parse(argv)
     rows = []
+    facts = machine()
     for policy in (progress := tqdm(args.policies, unit="policy", disable=None)):
         progress.set_description(policy)
-        rows += measure(policy, args)
-    facts = machine()
-    append_rows(args.results / "lmms.csv", [{**facts, **row} for row in rows])
+        found = measure(policy, args)
+        append_rows(args.results / "lmms.csv", [{**facts, **row} for row in found])
+        rows += found
     print_heading(f"lmms-eval, S = {args.store_ratio}", {**facts, "model": args.model})
     print_table(tabulate(rows))
 
@@ -69,7 +74,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tasks", nargs="+", help="of lmms-eval; the bundled ones or the paper's six")
     add("--policies", nargs="+", default=["full", "avl", "h2o", "fastv"])
     add("--store-ratio", type=float, default=0.5, help="of every policy but full")
-    add("--limit", type=int, help="questions a task; bundled tasks have 200")
+    add("--limit", type=int, help="questions a task, at most")
     add("--concurrency", type=int, default=16, help="requests at a time")
     add(
         "--python",
@@ -90,7 +95,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         )
     if args.model == str(WEIGHTS):
         args.tasks = args.tasks or BUNDLED_TASKS
-        args.limit = args.limit or 200
         args.serve = BUNDLED_OPTIONS + args.serve
     args.tasks = args.tasks or PAPER_TASKS
     return args
@@ -107,7 +111,7 @@ def measure(policy: str, args: argparse.Namespace) -> list[dict[str, object]]:
     for old in folder.rglob("*.json*"):
         old.unlink()
     for task in ALL_TASKS:
-        lines = [{"task": task, "number": n} for n in range(args.limit or 0)]
+        lines = [{"task": task, "number": n} for n in range(args.limit or QUESTIONS)]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / f"{task}.jsonl").write_text(text)
     options = list(args.serve)

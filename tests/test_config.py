@@ -113,6 +113,10 @@ def test_what_is_set_beside_a_preset_wins():
     assert parse_config({"avl": {"preset": "lean"}}) == AVLConfig(
         preset="lean", **PRESETS["lean"]
     )
+    # The README says so.
+    assert (
+        AVLConfig(preset="balanced").model_copy(update={"preset": None}) == AVLConfig()
+    )
     settings = {"preset": "lean", "vision_store_ratio": 0.4, "vision_core_ratio": 0.1}
     config = parse_config({"avl": settings})
     assert (config.vision_store_ratio, config.vision_core_ratio) == (0.4, 0.1)

@@ -31,33 +31,16 @@ def _only_switch(value: object) -> object:
     return value
 
 
-def _only_preset(value: object) -> object:
-    """Refuse names that are not in `PRESETS`."""
-    if not isinstance(value, str) or value not in PRESETS:
-        raise ValueError("not a preset")
-    return value
+def _only(names: Mapping[str, object]) -> BeforeValidator:
+    """Refuse all but these names."""
 
+    def check(value: object) -> object:
+        if not isinstance(value, str) or value not in names:
+            raise ValueError("not one of the names")
+        return value
 
-def _only_policy(value: object) -> object:
-    """Refuse names that are not in the registry."""
-    if not isinstance(value, str) or value not in POLICIES:
-        raise ValueError("not a policy")
-    return value
+    return BeforeValidator(check)
 
-
-Ratio = Annotated[
-    float,
-    Field(gt=0, le=1, strict=True, allow_inf_nan=False),
-    BeforeValidator(_no_switch),
-]
-Switch = Annotated[bool, BeforeValidator(_only_switch)]
-Count = Annotated[
-    int, Field(ge=0, le=2**31 - 1, strict=True), BeforeValidator(_no_switch)
-]
-PolicyName = Annotated[str, BeforeValidator(_only_policy)]
-PresetName = Annotated[str, BeforeValidator(_only_preset)]
-
-Model = TypeVar("Model", bound=BaseModel)
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "balanced": {
@@ -75,6 +58,20 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 """Settings that go together; what is set beside them wins. docs/accuracy.md has what
 they lose."""
+
+Ratio = Annotated[
+    float,
+    Field(gt=0, le=1, strict=True, allow_inf_nan=False),
+    BeforeValidator(_no_switch),
+]
+Switch = Annotated[bool, BeforeValidator(_only_switch)]
+Count = Annotated[
+    int, Field(ge=0, le=2**31 - 1, strict=True), BeforeValidator(_no_switch)
+]
+PolicyName = Annotated[str, _only(POLICIES)]
+PresetName = Annotated[str, _only(PRESETS)]
+
+Model = TypeVar("Model", bound=BaseModel)
 
 SERVER_PREFIX = "additional_config.avl."
 REQUEST_PREFIX = "vllm_xargs."

@@ -18,13 +18,7 @@ def _question(task: str, number: int) -> Question:
 def messages(doc: dict) -> list[dict]:
     """Return the turns of the chat; the pictures stand in the first."""
     asked = _question(**doc)
-    turns = []
-    for text, answer in asked.earlier:
-        turns += [_turn("user", text), _turn("assistant", answer)]
-    turns.append(_turn("user", asked.text))
-    pictures = [{"type": "image", "url": picture} for picture in asked.images]
-    turns[0]["content"] = pictures + turns[0]["content"]
-    return turns
+    return asked.chat([{"type": "image", "url": picture} for picture in asked.images])
 
 
 def target(doc: dict) -> str:
@@ -50,7 +44,3 @@ def cider(items: list[tuple[str, Question]]) -> float:
 def no_visual(doc: dict) -> list:
     """Return nothing: the messages have the pictures."""
     return []
-
-
-def _turn(role: str, text: str) -> dict:
-    return {"role": role, "content": [{"type": "text", "text": text}]}

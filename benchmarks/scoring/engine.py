@@ -78,10 +78,10 @@ class Engine:
         params = SamplingParams(
             temperature=0, max_tokens=max_tokens(task), extra_args=dict(settings)
         )
+        tokenizer = self._inside.llm.get_tokenizer()
+        requests = [question.request(tokenizer) for question in asked]
         start = time.perf_counter()
-        outputs = self._inside.llm.generate(
-            [question.request for question in asked], params, use_tqdm=False
-        )
+        outputs = self._inside.llm.generate(requests, params, use_tqdm=False)
         seconds = time.perf_counter() - start
         answers = [output.outputs[0] for output in outputs]
         return Served(

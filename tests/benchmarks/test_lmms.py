@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from vllm_avl.bundled import WEIGHTS
 from vllm_avl.bundled.evaluate import ALL_TASKS, questions
+from vllm_avl.bundled.tokens import prompt
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TASKS = BENCHMARKS / "lmms_tasks"
@@ -53,7 +54,8 @@ def test_a_chat_says_what_the_accuracy_table_asks(functions, task):
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
-        assert text == asked.request["prompt"]
+        assert text == asked.request(tokenizer)["prompt"]
+        assert text == prompt(asked.text, len(asked.images), asked.earlier)
         shown = [part["url"] for part in messages[0]["content"] if "url" in part]
         assert [p.tobytes() for p in shown] == [p.tobytes() for p in asked.images]
         assert functions.target(doc) == asked.truths[0]

@@ -23,7 +23,7 @@ def transformers_tokens(folder: Path, asked: list[Question], count: int) -> list
     )
     answers = []
     for question in asked:
-        request = question.request_for(processor.tokenizer)
+        request = question.request(processor.tokenizer)
         inputs = processor(
             text=request["prompt"],
             images=question.images or None,
@@ -42,7 +42,7 @@ def vllm_tokens(llm, asked: list[Question], count: int) -> list[list]:
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=count)
-    requests = [question.request_for(llm.get_tokenizer()) for question in asked]
+    requests = [question.request(llm.get_tokenizer()) for question in asked]
     outputs = llm.generate(requests, params, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 

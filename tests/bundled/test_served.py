@@ -10,7 +10,6 @@ from vllm_avl.testing.server import (
     json_option,
     picture_url,
     serve,
-    user_message,
 )
 
 OPTIONS = (
@@ -28,12 +27,8 @@ def server(tmp_path_factory):
 
 
 def messages(question):
-    """The chat about a question's pictures; they stand in its first turn."""
-    texts = [text for text, _ in question.earlier] + [question.text]
-    turns = [user_message(texts[0], list(map(picture_url, question.images)))]
-    for (_, answer), text in zip(question.earlier, texts[1:], strict=True):
-        turns += [{"role": "assistant", "content": answer}, user_message(text, [])]
-    return turns
+    urls = map(picture_url, question.images)
+    return question.chat([{"type": "image_url", "image_url": {"url": u}} for u in urls])
 
 
 def test_ten_fixed_questions_are_answered_right(server):

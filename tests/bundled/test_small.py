@@ -23,7 +23,7 @@ from vllm_avl.bundled.small import (
     WORDING,
     small,
 )
-from vllm_avl.bundled.tokens import IMAGE, make_tokenizer
+from vllm_avl.bundled.tokens import IMAGE, make_tokenizer, prompt
 from vllm_avl.bundled.train import CHECKPOINT, Trainer
 from vllm_avl.bundled.trained import trained_state
 
@@ -221,7 +221,8 @@ def test_a_prompt_equals_the_chat_template(num_images):
 def test_evaluation_asks_tiny_what_its_wording_says(task, control):
     tokenizer = make_tokenizer()
     for question in questions(task, 4, control):
-        assert question.request_for(tokenizer) == question.request
+        worded = prompt(question.text, len(question.images), question.earlier)
+        assert question.request(tokenizer)["prompt"] == worded
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -59,7 +59,8 @@ def test_all_patches_give_what_llava_gives(tmp_path):
 
 
 def test_the_stages_follow_one_another():
-    names = [schedule.stage_at(step)[0].name for step in range(schedule.TOTAL)]
+    steps = range(sum(stage.steps for stage in schedule.STAGES))
+    names = [schedule.stage_at(step, schedule.STAGES)[0].name for step in steps]
     lengths = {stage.name: stage.steps for stage in schedule.STAGES}
     assert names == [name for name, steps in lengths.items() for _ in range(steps)]
 
@@ -67,7 +68,8 @@ def test_the_stages_follow_one_another():
 def test_in_every_stage_the_rate_rises_from_zero_and_then_falls():
     start = 0
     for stage in schedule.STAGES:
-        rates = [schedule.stage_at(start + step)[1] for step in range(stage.steps)]
+        steps = range(start, start + stage.steps)
+        rates = [schedule.stage_at(step, schedule.STAGES)[1] for step in steps]
         top = rates.index(max(rates))
         assert rates[0] < stage.peak / 10
         assert top < schedule.WARM_UP

@@ -3,7 +3,7 @@
 import argparse
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 
 from vllm_avl.bundled import WEIGHTS, metrics
 from vllm_avl.bundled.samples import TASKS, Sample, make_sample
-from vllm_avl.bundled.tokens import prompt
 
 CONTROLS = ("full", "blind", "shuffled")
 ALL_TASKS = (*TASKS, "two_turn")
@@ -37,27 +36,26 @@ class Question:
     truths: list[str]
     earlier: tuple[tuple[str, str], ...] = ()
 
-    @property
-    def request(self) -> dict[str, Any]:
-        """What `LLM.generate` takes, in the wording of the bundled weights."""
-        return self._request(prompt(self.text, len(self.images), self.earlier))
+    def chat(self, pictures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Returns the turns of the chat.
 
-    def request_for(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Returns what `LLM.generate` takes, in the wording of a chat template."""
-        asked = [*(question for question, _ in self.earlier), self.text]
-        turns = [_turn("user", text) for text in asked]
-        turns[0]["content"] = [{"type": "image"} for _ in self.images] + (
-            turns[0]["content"]
-        )
-        for number, (_, given) in enumerate(self.earlier):
-            turns.insert(2 * number + 1, _turn("assistant", given))
-        return self._request(
-            tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
-            )
-        )
+        Args:
+            pictures: The parts that stand for the images, in the first turn.
+        """
+        turns = []
+        for text, given in self.earlier:
+            turns += [_turn("user", text), _turn("assistant", given)]
+        turns.append(_turn("user", self.text))
+        turns[0]["content"] = [*pictures, *turns[0]["content"]]
+        return turns
 
-    def _request(self, text: str) -> dict[str, Any]:
+    def request(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """Returns what `LLM.generate` takes, worded by a chat template."""
+        text = tokenizer.apply_chat_template(
+            self.chat([{"type": "image"} for _ in self.images]),
+            tokenize=False,
+            add_generation_prompt=True,
+        )
         request: dict[str, Any] = {"prompt": text}
         if self.images:
             request["multi_modal_data"] = {"image": self.images}
@@ -126,7 +124,7 @@ def answer(llm: Any, asked: Sequence[Question], task: str) -> list[str]:
 
     params = SamplingParams(temperature=0, max_tokens=max_tokens(task))
     tokenizer = llm.get_tokenizer()
-    requests = [question.request_for(tokenizer) for question in asked]
+    requests = [question.request(tokenizer) for question in asked]
     outputs = llm.generate(requests, params, use_tqdm=False)
     return [output.outputs[0].text.strip() for output in outputs]
 

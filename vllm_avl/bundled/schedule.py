@@ -48,17 +48,15 @@ STAGES = (
 )
 RATES = Rates(matrix=4e-3, other=3e-3)
 WARM_UP = 40
-TOTAL = sum(stage.steps for stage in STAGES)
 
 
-def stage_at(step: int, stages: Sequence[Stage] = ()) -> tuple[Stage, float]:
+def stage_at(step: int, stages: Sequence[Stage]) -> tuple[Stage, float]:
     """Returns the stage of a step and the learning rate, relative to the highest.
 
     Args:
         step: Its number.
-        stages: One after the other; without any those of *tiny*.
+        stages: One after the other.
     """
-    stages = stages or STAGES
     start = 0
     for stage in stages:
         if step < start + stage.steps:
@@ -69,7 +67,7 @@ def stage_at(step: int, stages: Sequence[Stage] = ()) -> tuple[Stage, float]:
     return stages[-1], stages[-1].end
 
 
-def starts_answers(step: int, stages: Sequence[Stage] = ()) -> bool:
+def starts_answers(step: int, stages: Sequence[Stage]) -> bool:
     """Whether the language model begins to learn at this step of `stages`."""
     before = step > 0 and stage_at(step - 1, stages)[0].answers
     return stage_at(step, stages)[0].answers and not before
