@@ -14,7 +14,7 @@ CASES = {
     "unknown": (
         json_option("--additional-config", {"avl": {"store_ratio": 0.5}}),
         "additional_config.avl.store_ratio: unknown setting; known are "
-        "policy, vision_store_ratio",
+        "preset, policy, vision_store_ratio",
     ),
     "speculative": (
         json_option(

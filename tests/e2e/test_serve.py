@@ -38,7 +38,7 @@ BAD_XARGS = [
     ({"avl_refresh_interval": 1.5}, "avl_refresh_interval = 1.5", COUNT),
     ({"avl_refresh_interval": 10**12}, "avl_refresh_interval = 1000000", COUNT),
     ({"avl_text_keep_ratio": 1.01}, "avl_text_keep_ratio = 1.01", RATIO),
-    ({"avl_unknown": 1}, "avl_unknown", "known are avl, avl_policy"),
+    ({"avl_unknown": 1}, "avl_unknown", "known are avl, avl_preset, avl_policy"),
 ]
 
 
