@@ -17,6 +17,7 @@ STORED, CORE, INTERVAL = 0.5, 0.3, 3
 STOCK = {"avl": 0}
 
 Settings = tuple[tuple[str, Any], ...]
+LARGEST: Settings = (("observation_window", 32), ("head_reduction", "max"))
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,18 @@ def tuning_grid() -> list[Cell]:
         }
     ]
     servers: list[Settings] = [(("observation_window", rows),) for rows in WINDOWS]
-    servers += [(("observation_window", 32), ("head_reduction", "max"))]
+    servers += [LARGEST]
     cells = [Cell("control", "full", STOCK)]
     cells += [
         Cell("tuning", "avl", settings, server)
         for server in servers
         for settings in ratios
     ]
-    cells += [Cell("tuning", "avl", {"avl_store_ratio": ratio}) for ratio in (0.4, 0.3)]
+    cells += [
+        Cell("tuning", "avl", {"avl_store_ratio": ratio}, server)
+        for server in ((), LARGEST)
+        for ratio in (0.45, 0.4, 0.35, 0.3)
+    ]
     return cells
 
 
