@@ -51,7 +51,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
     "lean": {
         "policy": "avl",
-        "vision_store_ratio": 0.3,
+        "vision_store_ratio": 0.45,
         "vision_core_ratio": None,
         "text_keep_ratio": 1.0,
     },
