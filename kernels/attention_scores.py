@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-TOKENS_AT_A_TIME = 256
-LOGITS_BYTES = 4 << 20
+TOKENS_AT_A_TIME = 128
 
 
 def attention_scores(
@@ -19,9 +20,8 @@ def attention_scores(
     """Sum attention probabilities over query rows, for every head and key.
 
     Probabilities are normalised over every key a row attends to (A-VL section
-    "Vision attention"). 256 keys of one KV head are in fp32 at a time, beside the
-    logits of its query heads; rows are taken a part at a time where these would need
-    more than `LOGITS_BYTES`.
+    "Vision attention"). The keys of a KV head are read twice, `TOKENS_AT_A_TIME` in
+    fp32 at a time: what is held beside the scores does not grow with the sequence.
 
     Args:
         query: [num_rows, num_heads, head_size], the last rows of the sequence.
@@ -35,49 +35,48 @@ def attention_scores(
     Returns:
         [num_heads, num_tokens] fp32.
     """
-    num_rows, num_heads, head_size = query.shape
-    num_kv_heads = key_cache.shape[1]
-    group = num_heads // num_kv_heads
-    grouped = query.view(num_rows, num_kv_heads, group, head_size)
-    scores = query.new_zeros(num_kv_heads, group, num_tokens, dtype=torch.float32)
-    rows_at_a_time = max(LOGITS_BYTES // (4 * group * num_tokens), 1)
-    for first in range(0, num_rows, rows_at_a_time):
-        part = grouped[first : first + rows_at_a_time].float() * scale
-        num_seen = num_tokens - num_rows + 1 + first
-        for head in range(num_kv_heads):
-            keys = key_cache[:, head]
-            logits = _logits(part[:, head], keys, blocks, num_tokens)
-            if soft_cap:
-                logits.div_(soft_cap).tanh_().mul_(soft_cap)
-            _hide_future(logits, num_seen)
-            scores[head] += _softmax_(logits).sum(0)
-            del logits  # before the next head's are made
-    return scores.flatten(0, 1)
+    num_rows, num_heads, _ = query.shape
+    num_kv_heads, block_size = key_cache.shape[1:3]
+    scores = query.new_empty(num_heads, num_tokens, dtype=torch.float32)
+    by_head = scores.view(num_kv_heads, -1, num_tokens)
+    grouped = query.view(num_rows, *by_head.shape[:2], -1)
+    step = max(TOKENS_AT_A_TIME // block_size, 1)
+    firsts = range(0, num_tokens, step * block_size)
+    for head in range(num_kv_heads):
+        logits = partial(
+            _logits,
+            grouped[:, head].float() * scale,
+            key_cache[:, head],
+            num_tokens,
+            soft_cap,
+        )
+        norm = torch.tensor(-torch.inf)
+        for first, ids in zip(firsts, blocks.split(step), strict=True):
+            total = logits(ids, first).logsumexp(-1, keepdim=True)
+            norm = torch.logaddexp(norm, total)
+        for first, ids in zip(firsts, blocks.split(step), strict=True):
+            paid = logits(ids, first).sub_(norm).exp_().sum(0)
+            by_head[head, :, first : first + paid.shape[-1]] = paid
+    return scores
 
 
 def _logits(
-    queries: torch.Tensor, keys: torch.Tensor, blocks: torch.Tensor, num_tokens: int
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    num_tokens: int,
+    soft_cap: float,
+    ids: torch.Tensor,
+    first: int,
 ) -> torch.Tensor:
-    """[num_rows, group, num_tokens] fp32, for one KV head's keys."""
-    logits = queries.new_empty(*queries.shape[:2], num_tokens)
-    first = 0
-    for part in blocks.split(max(TOKENS_AT_A_TIME // keys.shape[1], 1)):
-        rows = keys[part].float().flatten(0, 1)[: num_tokens - first]
-        logits[:, :, first : first + len(rows)] = queries @ rows.T
-        first += len(rows)
-    return logits
+    """[num_rows, group, num_keys] logits of the keys in blocks `ids`, from `first` on.
 
-
-def _hide_future(logits: torch.Tensor, num_seen: int) -> None:
-    """Take keys behind a query's own out of [num_rows, group, num_tokens] logits.
-
-    The first row attends to `num_seen` keys, each further row to one more.
+    They are -inf where a key lies behind the row, of [num_rows, group, head_size].
     """
-    for row, logit in enumerate(logits):
-        logit[:, num_seen + row :] = -torch.inf
-
-
-def _softmax_(logits: torch.Tensor) -> torch.Tensor:
-    """Softmax over the last dimension, in place: the logits may be large."""
-    logits.sub_(logits.amax(-1, keepdim=True)).exp_()
-    return logits.div_(logits.sum(-1, keepdim=True))
+    logits = rows @ keys[ids].flatten(0, 1)[: num_tokens - first].float().T
+    if soft_cap:
+        logits.div_(soft_cap).tanh_().mul_(soft_cap)
+    num_seen = num_tokens - len(rows) + 1 - first
+    if num_seen < logits.shape[-1]:
+        for row, logit in enumerate(logits):
+            logit[:, max(num_seen + row, 0) :] = -torch.inf
+    return logits

@@ -42,6 +42,7 @@ SHAPES = pytest.mark.parametrize(
         pytest.param(65, 1, 6, 2, 64, 32, id="block-plus-1-group-3"),
         pytest.param(333, 7, 4, 1, 80, 32, id="window-7-head-80"),
         pytest.param(200, 32, 8, 2, 32, 128, id="window-32-block-128"),
+        pytest.param(130, 7, 4, 2, 64, 32, id="window-across-two-parts"),
     ],
 )
 
