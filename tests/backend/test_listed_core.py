@@ -27,6 +27,7 @@ class EagerCache:
     values: torch.Tensor
     num_kv_heads: int = NUM_KV_HEADS
     block_size: int = BLOCK_SIZE
+    pads_moves: bool = False
     seen: torch.Tensor | None = None
     lists: dict = field(default_factory=dict)
 

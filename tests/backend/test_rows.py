@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm_avl.kernels import reference
 
-from vllm_avl.backend.rows import CORE, EVICTED, SECONDARY, LayerRows, rearrange
+from vllm_avl.backend.rows import CORE, EVICTED, SECONDARY, LayerRows, Moves, rearrange
 
 BLOCK_SIZE = 4
 NAN = float("nan")
@@ -55,7 +55,7 @@ def read(cache, blocks):
     return cache[blocks].transpose(0, 1).flatten(1)
 
 
-def rearranged(case):
+def rearranged(case, padded=False):
     """Rows before, rows after, and what the simulated cache holds after the moves."""
     rows, labels, start, core_start, num_heads = case
     before = LayerRows(
@@ -65,12 +65,19 @@ def rearranged(case):
     )
     keys, blocks = cache_of(rows, num_heads)
     values = keys.clone()
-    found = rearrange(rows, labels, start, core_start)
-    for moves in found:
+    found = rearrange(rows, labels, start, core_start, padded=padded)
+    for moves in found if not padded else map(unpadded, found):
         move = reference.exchange_rows if moves.exchange else reference.compact_blocks
         move(keys, values, blocks, moves.source, moves.target, moves.heads)
     assert torch.equal(keys, values)
     return before, rows, read(keys, blocks), found
+
+
+def unpadded(moves):
+    used = moves.source >= 0
+    assert torch.equal(used, moves.target >= 0)
+    heads = None if moves.heads is None else moves.heads[used]
+    return Moves(moves.source[used], moves.target[used], heads, moves.exchange)
 
 
 def pairs_of(moves):
@@ -274,3 +281,22 @@ def test_split_heads_are_rearranged_on_their_own():
     labels = torch.tensor([[CORE, SECONDARY], [SECONDARY, CORE]])
     rearrange(rows, labels, 0, 1)
     assert rows.positions.tolist() == [[1, 0], [0, 1]]
+
+
+@settings(deadline=None)
+@given(case=arrangements())
+def test_padded_moves_are_the_same_and_of_a_length_known_before(case):
+    rows, labels, start, core_start, num_heads = case
+    sizes = start - rows.start, core_start - start, rows.end - core_start
+    other = LayerRows(rows.start, rows.positions, rows.sums)
+    _, after, held, found = rearranged(case)
+    padded_case = other, labels, start, core_start, num_heads
+    _, padded_after, padded_held, padded = rearranged(padded_case, padded=True)
+    assert torch.equal(padded_after.positions, after.positions)
+    assert torch.equal(padded_held[:, start:], held[:, start:])
+    if after.sums is not None:
+        assert torch.equal(padded_after.sums, after.sums)
+    pairs = [pairs_of(moves) for moves in found]
+    assert [p for p in map(pairs_of, map(unpadded, padded)) if p] == pairs
+    lengths = {len(labels) * min(a, b) for a in sizes for b in sizes}
+    assert {len(moves.source) for moves in padded} <= lengths

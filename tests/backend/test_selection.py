@@ -57,7 +57,7 @@ def label_by_hand(positions, slots, scores, num_evicted, core_scores, num_second
 
 def candidates_of(positions, slots):
     rows = LayerRows(0, torch.tensor(slots, dtype=torch.int64).view(len(slots), -1))
-    return Candidates(torch.tensor(positions), rows)
+    return Candidates(torch.tensor(positions), rows, max(positions) + 1)
 
 
 @settings(deadline=None)

@@ -84,7 +84,9 @@ def test_every_policy_spends_the_same(name):
     view = view_for(policy)
     rows = LayerRows(0, view.positions.repeat(len(view.attention), 1))
     scores = policy.score(view)
-    labels = Candidates(view.positions, rows).label(scores, 30, scores, 10)
+    labels = Candidates(view.positions, rows, int(view.positions[-1]) + 1).label(
+        scores, 30, scores, 10
+    )
     for label, expected in ((EVICTED, 30), (SECONDARY, 10), (CORE, 20)):
         assert ((labels == label).sum(1) == expected).all()
 

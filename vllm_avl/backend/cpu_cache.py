@@ -41,6 +41,11 @@ class CPUCache:
         """Rows a block holds."""
         return self.kv_cache.shape[2]
 
+    @property
+    def pads_moves(self) -> bool:
+        """Return False: what is counted here is known at once."""
+        return False
+
     @cached_property
     def halves(self) -> torch.Tensor:
         """[num_blocks, num_kv_heads, 2, block_size · head_size]: keys, values."""

@@ -26,6 +26,10 @@ class Cache(Protocol):
     def block_size(self) -> int:
         """Rows a block holds."""
 
+    @property
+    def pads_moves(self) -> bool:
+        """Whether counting moves would wait for the device, so that they are padded."""
+
     def scores(
         self, query: torch.Tensor, blocks: torch.Tensor, num_tokens: int
     ) -> torch.Tensor:
@@ -185,7 +189,7 @@ class Layer:
             num_secondary: candidates that stay, outside of core.
         """
         state = task.state
-        candidates = Candidates(state.candidates, rows)
+        candidates = Candidates(state.candidates, rows, state.candidates_end)
         held = candidates.held if state.policy.per_head else candidates.held[:1]
         num_held = held.sum(1, keepdim=True)
         sums = None
@@ -292,8 +296,8 @@ class Layer:
             start: first slot, in tokens of the request, that stays stored.
 
         Returns:
-            how many rows entered core in exchange for others; where core is listed, a
-            scalar that stays on the device, as nobody waits for it here.
+            how many rows entered core in exchange for others; on a device a scalar that
+            stays there, as nobody waits for it here.
         """
         state = task.state
         if not state.lists_core:
@@ -315,10 +319,14 @@ class Layer:
         labels: torch.Tensor,
         start: int,
         core_start: int,
-    ) -> int:
+    ) -> int | torch.Tensor:
         """Move rows to where they belong; return how many were exchanged."""
-        num_exchanged = 0
-        for moves in rearrange(rows, labels, start, core_start):
+        padded = self.cache.pads_moves
+        num_exchanged: int | torch.Tensor = 0
+        for moves in rearrange(rows, labels, start, core_start, padded=padded):
             self.cache.move(task.blocks, moves)
-            num_exchanged += len(moves.source) if moves.exchange else 0
+            if moves.exchange:
+                num_exchanged += (
+                    (moves.source >= 0).sum() if padded else len(moves.source)
+                )
         return num_exchanged

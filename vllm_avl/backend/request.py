@@ -82,6 +82,13 @@ class RequestState:
             return torch.arange(plan.num_full_tokens, device=self.device)
         return _positions(plan.ranked_ranges).to(self.device)
 
+    @property
+    def candidates_end(self) -> int:
+        """Position behind the last candidate."""
+        if self.policy.ranks_text:
+            return self.plan.num_full_tokens
+        return self.plan.ranked_ranges[-1][1]
+
     @cached_property
     def _ages(self) -> torch.Tensor:
         """[num_prompt_tokens], True where a prompt token may leave the text window."""

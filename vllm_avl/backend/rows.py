@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn import functional
 
 from vllm_avl.backend.history import CoreHistory
 
@@ -76,7 +77,7 @@ class Moves:
     """Rows that change slots, in pairs of slots; no slot is named twice in a head."""
 
     source: torch.Tensor
-    """[num_pairs] slots in tokens of the request, int64."""
+    """[num_pairs] slots in tokens of the request, int64; -1 is padding."""
     target: torch.Tensor
     """As source."""
     heads: torch.Tensor | None
@@ -86,7 +87,12 @@ class Moves:
 
 
 def rearrange(
-    rows: LayerRows, labels: torch.Tensor, start: int, core_start: int
+    rows: LayerRows,
+    labels: torch.Tensor,
+    start: int,
+    core_start: int,
+    *,
+    padded: bool = False,
 ) -> list[Moves]:
     """Find the moves after which the regions hold what their rows are labelled.
 
@@ -98,65 +104,90 @@ def rearrange(
             [start, core_start) and CORE those behind.
         start: first slot, in tokens of the request, that stays stored.
         core_start: first slot of core.
+        padded: give as many pairs as there could be, so that nobody has to wait for a
+            device that counts them.
 
     Returns:
         what to move, one after the other.
     """
-    slots = torch.arange(rows.start, rows.end, device=labels.device)
-    head, in_core = slots < start, slots >= core_start
-    in_secondary = ~head & ~in_core
+    num_head, num_secondary = start - rows.start, core_start - start
+    num_core = rows.end - core_start
+    # One slot more, which padding is exchanged with.
+    labels = _spare(labels, -1)
+    _spare_rows(rows)
+    slots = torch.arange(labels.shape[1], device=labels.device) + rows.start
+    head = slots < start, num_head
+    in_core = slots >= core_start, num_core
+    in_secondary = (slots >= start) & (slots < core_start), num_secondary
     steps = []
-    if core_start > start:
+    if num_secondary:
         steps += [(CORE, in_secondary, SECONDARY, in_core)]
-        if start > rows.start:
+        if num_head:
             steps += [
                 (CORE, in_secondary, EVICTED, in_core),
                 (SECONDARY, in_core, EVICTED, in_secondary),
                 (SECONDARY, head, EVICTED, in_secondary),
             ]
-    if start > rows.start:
+    if num_head:
         # Blocks of the head may be shared: rows are read there, and never written.
         steps += [(CORE, head, EVICTED, in_core)]
-    labels, found = labels.clone(), []
-    rows.positions = rows.positions.clone()
-    for label, here, other_label, there in steps:
+    found = []
+    for label, (here, size), other_label, (there, other_size) in steps:
         source, target = _pair(
-            (labels == label) & here, (labels == other_label) & there
+            (labels == label) & here,
+            (labels == other_label) & there,
+            min(size, other_size) if padded else None,
         )
         if len(source):
             exchange = other_label != EVICTED
             found.append(_moves(rows, source, target, exchange=exchange))
             _exchange(labels, source, target)
             _exchange_rows(rows, source, target)
-    first = start - rows.start
-    if first:
-        # Copies, so that what lay in front is given back.
-        rows.start, rows.positions = start, rows.positions[:, first:].clone()
-        if rows.sums is not None:
-            rows.sums = rows.sums[:, first:].clone()
+    # Copies, so that what lay in front is given back.
+    rows.start, rows.positions = start, rows.positions[:, num_head:-1].clone()
+    if rows.sums is not None:
+        rows.sums = rows.sums[:, num_head:-1].clone()
     return found
 
 
+def _spare(values: torch.Tensor, value: float = 0) -> torch.Tensor:
+    """Copy `values` with one column more, of `value`."""
+    return functional.pad(values, (0, 1), value=value)
+
+
+def _spare_rows(rows: LayerRows) -> None:
+    rows.positions = _spare(rows.positions)
+    if rows.sums is not None:
+        rows.sums = _spare(rows.sums)
+
+
 def _pair(
-    sources: torch.Tensor, targets: torch.Tensor
+    sources: torch.Tensor, targets: torch.Tensor, most: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pair True elements of each ranking while both masks have some.
 
     Returns:
-        two [num_pairs, 2] indices of ranking and slot.
+        two [num_pairs, 2] indices of ranking and slot; of `most` pairs a ranking, -1
+        behind the last, if that is given.
     """
     num_pairs = torch.minimum(sources.sum(1), targets.sum(1)).unsqueeze(1)
-    source, target = (
-        (mask & (mask.cumsum(1) <= num_pairs)).nonzero() for mask in (sources, targets)
-    )
+    paired = [mask & (mask.cumsum(1) <= num_pairs) for mask in (sources, targets)]
+    if most is None:
+        source, target = (mask.nonzero() for mask in paired)
+    else:
+        size = most * len(sources)
+        source, target = (torch.nonzero_static(mask, size=size) for mask in paired)
     return source, target
 
 
 def _moves(
     rows: LayerRows, source: torch.Tensor, target: torch.Tensor, *, exchange: bool
 ) -> Moves:
+    def slots(index: torch.Tensor) -> torch.Tensor:
+        return torch.where(index[:, 1] < 0, -1, index[:, 1] + rows.start)
+
     heads = source[:, 0] if len(rows.positions) > 1 else None
-    return Moves(source[:, 1] + rows.start, target[:, 1] + rows.start, heads, exchange)
+    return Moves(slots(source), slots(target), heads, exchange)
 
 
 def _exchange_rows(rows: LayerRows, one: torch.Tensor, other: torch.Tensor) -> None:
@@ -172,7 +203,10 @@ def _exchange(
     *,
     every_row: bool = False,
 ) -> None:
-    """Exchange elements at `[num_pairs, 2]` indices of row and column."""
+    """Exchange elements at `[num_pairs, 2]` indices of row and column.
+
+    Padding names the last column of the last row, which nobody else does.
+    """
     a, b = one.unbind(1), other.unbind(1)
     if every_row:
         a, b = (slice(None), a[1]), (slice(None), b[1])

@@ -15,10 +15,16 @@ from vllm_avl.plan import TextWindow
 class Candidates:
     """The tokens that compete in one layer of one request, by position."""
 
-    def __init__(self, positions: torch.Tensor, rows: LayerRows) -> None:
-        """Look up which of `positions` (ascending, int64) `rows` still hold."""
+    def __init__(self, positions: torch.Tensor, rows: LayerRows, end: int) -> None:
+        """Look up which tokens `rows` still hold.
+
+        Args:
+            positions: of the tokens, ascending, int64.
+            rows: of the layer.
+            end: position behind the last of them, which may lie on a device.
+        """
         self.positions = positions
-        self._end = int(positions[-1]) + 1
+        self._end = end
         # Whatever does not compete shares one place behind the last candidate.
         self._index = rows.positions.clamp(max=self._end)
         shape = len(rows.positions), self._end + 1

@@ -39,6 +39,11 @@ class TritonCache:
         """Rows a block holds."""
         return self.kv_cache.shape[2]
 
+    @property
+    def pads_moves(self) -> bool:
+        """Return True: whoever counts them waits for all work before."""
+        return True
+
     @cached_property
     def keys(self) -> torch.Tensor:
         """[num_blocks, num_kv_heads, block_size, head_size] view."""
