@@ -6,9 +6,9 @@ SEEN = []
 _original = layer.rearrange
 
 
-def _rearrange(rows, labels, start, core_start):
+def _rearrange(rows, labels, start, core_start, **options):
     of_prompt = rows.start == 0
-    found = _original(rows, labels, start, core_start)
+    found = _original(rows, labels, start, core_start, **options)
     pairs = [(moves.source.tolist(), moves.target.tolist()) for moves in found]
     SEEN.append((of_prompt, pairs))
     return found

@@ -146,6 +146,8 @@ def compact_blocks(
     """
     if not len(source):
         return
+    lists = source, target, source if heads is None else heads
+    assert all(positions.is_contiguous() for positions in lists)
     num_kv_heads, block_size, head_size = key_cache.shape[1:]
     rows, num_bytes, num_warps = next(
         (tile for tile in TILES if len(source) <= tile[0]), TILES[-1]

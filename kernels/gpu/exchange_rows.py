@@ -101,6 +101,8 @@ def exchange_rows(
     """
     if not len(source):
         return
+    lists = source, target, source if heads is None else heads
+    assert all(positions.is_contiguous() for positions in lists)
     num_kv_heads, block_size, head_size = key_cache.shape[1:]
     block_d = triton.next_power_of_2(head_size)
     pairs = BYTES_AT_A_TIME // (block_d * key_cache.itemsize)

@@ -298,5 +298,8 @@ def test_padded_moves_are_the_same_and_of_a_length_known_before(case):
         assert torch.equal(padded_after.sums, after.sums)
     pairs = [pairs_of(moves) for moves in found]
     assert [p for p in map(pairs_of, map(unpadded, padded)) if p] == pairs
+    for moves in padded:
+        lists = moves.source, moves.target, moves.heads
+        assert all(given is None or given.is_contiguous() for given in lists)
     lengths = {len(labels) * min(a, b) for a in sizes for b in sizes}
     assert {len(moves.source) for moves in padded} <= lengths

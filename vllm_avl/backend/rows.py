@@ -186,7 +186,8 @@ def _moves(
     def slots(index: torch.Tensor) -> torch.Tensor:
         return torch.where(index[:, 1] < 0, -1, index[:, 1] + rows.start)
 
-    heads = source[:, 0] if len(rows.positions) > 1 else None
+    # Kernels read them one after the other.
+    heads = source[:, 0].contiguous() if len(rows.positions) > 1 else None
     return Moves(slots(source), slots(target), heads, exchange)
 
 
