@@ -48,11 +48,13 @@ class Variant:
     store: float
     core: float
     interval: int
+    executor: str = "auto"
 
     @property
     def name(self) -> str:
         """Short name in the paper's symbols."""
-        return f"S={self.store:g} C={self.core:g} K={self.interval}"
+        name = f"S={self.store:g} C={self.core:g} K={self.interval}"
+        return name if self.executor == "auto" else f"{name} {self.executor}"
 
     @property
     def xargs(self) -> dict[str, float]:
@@ -115,6 +117,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="images a prompt, 576 tokens each; one table for each number",
     )
     add("--output-tokens", type=int, default=128, help="of each request")
+    add(
+        "--executors",
+        nargs="+",
+        default=["auto"],
+        choices=("auto", "pack", "gather"),
+        help="how core is read; each is measured in turn",
+    )
     add("--block-size", type=int, default=32, help="of both sides")
     args = parser.parse_args(argv)
     if args.quick:
@@ -128,10 +137,10 @@ def measure(
 ) -> dict[str, list[Steps]]:
     """Run stock and every variant, taking turns."""
     total = sum(request.num_tokens + args.block_size for request in workload)
-    stock, avl = (
+    stock, *adaptive = (
         Engine(
             model,
-            settings={} if is_avl else None,
+            settings=settings,
             pool_bytes=(total + args.block_size) * model.bytes_per_token,
             block_size=args.block_size,
             max_num_seqs=len(workload),
@@ -139,23 +148,29 @@ def measure(
             max_num_batched_tokens=total,
             threads=args.threads,
         )
-        for is_avl in (False, True)
+        for settings in (None, *({"executor": name} for name in args.executors))
     )
-    check_identity(stock, avl, workload)
+    engines = dict(zip(args.executors, adaptive, strict=True))
+    for engine in adaptive:
+        check_identity(stock, engine, workload)
     variants: dict[str, Variant | None] = {STOCK: None}
-    variants |= {variant.name: variant for variant in VARIANTS}
+    for one in VARIANTS:
+        # Without core there is nothing that executors could read in their own way.
+        names = args.executors if one.core < one.store else args.executors[:1]
+        for variant in (replace(one, executor=name) for name in names):
+            variants[variant.name] = variant
     measured: dict[str, list[Steps]] = {name: [] for name in variants}
     rounds = args.repeats * len(variants)
     with tqdm(total=rounds, unit="run", disable=None) as progress:
         for _ in range(args.repeats):
             for name, variant in variants.items():
                 progress.set_description(name)
-                engine = stock if variant is None else avl
+                engine = stock if variant is None else engines[variant.executor]
                 xargs = None if variant is None else variant.xargs
                 measured[name].append(run(engine, workload, xargs))
                 progress.update()
-    stock.close()
-    avl.close()
+    for engine in (stock, *adaptive):
+        engine.close()
     return measured
 
 

@@ -22,7 +22,7 @@ class Refreshes:
     """Attention and scores."""
     move: list[float] = field(default_factory=list)
     num_rows_moved: list[int] = field(default_factory=list)
-    """Rows that enter core, by KV head."""
+    """Rows that change places with core; none where core is a list."""
 
     def milliseconds(self) -> dict[str, float]:
         """Medians, and the rows that a refresh brings into core."""
@@ -31,8 +31,8 @@ class Refreshes:
         return {
             "refresh_request_layer_ms": 1e3 * median(self.whole),
             "refresh_attend_ms": 1e3 * median(self.attend),
-            "refresh_move_ms": 1e3 * median(self.move),
-            "rows_into_core": median(self.num_rows_moved),
+            "refresh_move_ms": 1e3 * median(self.move or [0.0]),
+            "rows_into_core": median(self.num_rows_moved or [0]),
         }
 
 
@@ -135,7 +135,12 @@ def refresh_watches(seen: Refreshes) -> Iterator[tuple[type, str, Any]]:
 
     def performed(seconds: float, layer: Any, task: Any, *rest: Any) -> None:
         if task.scores_while_attending:
-            seen.whole.append(seconds)
+            # Core that is a list has been attended before, in one call.
+            seen.whole.append(seconds + task.gathers * seen.attend[-1])
+
+    def attended(seconds: float, cache: Any, query: Any, rows: Any) -> None:
+        if all(row.mask is None for row in rows):
+            seen.attend.append(seconds / len(rows))
 
     def moved(seconds: float, cache: Any, blocks: Any, moves: Any) -> None:
         if moves.exchange:
@@ -143,11 +148,7 @@ def refresh_watches(seen: Refreshes) -> Iterator[tuple[type, str, Any]]:
             seen.num_rows_moved.append(len(moves.source))
 
     yield Layer, "perform", watch(Layer.perform, performed)
-    yield (
-        CPUCache,
-        "attend",
-        watch(CPUCache.attend, lambda seconds, *rest: seen.attend.append(seconds)),
-    )
+    yield CPUCache, "select", watch(CPUCache.select, attended)
     yield CPUCache, "move", watch(CPUCache.move, moved)
 
 
@@ -163,11 +164,17 @@ def once(timed: Any, forward: Any, inner: type) -> Any:
 
 
 def count(steps: Steps, view: Any) -> None:
-    """Add what a refresh reads, which the kernel is not given."""
-    scoring = [task for task in view.tasks if task.scores_while_attending]
-    steps.num_scoring[-1] = len(scoring)
-    for task in scoring:
-        steps.num_rows[-1] += task.num_tokens - task.first_read_token - 1
+    """Add what our kernel reads, which vLLM's is not given."""
+    steps.num_scoring[-1] = sum(task.scores_while_attending for task in view.tasks)
+    packed = [task for task in view.tasks if not task.gathers]
+    ours = [task for task in packed if task.scores_while_attending]
+    for turn in [*ours, *(turn for turn in view.turns if turn and turn.gathers)]:
+        num_rows = turn.num_tokens - turn.first_read_token - 1
+        if not turn.reads_all:
+            plan = turn.state.plan
+            num_unread = plan.num_stored_blocks - plan.num_core_blocks
+            num_rows -= num_unread * plan.block_size // 2  # their keys are read
+        steps.num_rows[-1] += num_rows
 
 
 def median(values: Sequence[float]) -> float:

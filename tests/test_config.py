@@ -44,7 +44,7 @@ from vllm_avl.config import PRESETS, AVLConfig, parse_config, parse_overrides
         ({"text_min_tokens": 2**40}, "must be an integer from 0 to 2147483647"),
         ({"text_decay": 2}, "text_decay = 2: must be a number in (0, 1]"),
         ({"head_reduction": "sum"}, "head_reduction = 'sum': must be mean or max"),
-        ({"executor": "fast"}, "executor = 'fast': must be pack or gather"),
+        ({"executor": "fast"}, "executor = 'fast': must be auto, pack or gather"),
         (
             {"refresh_all_ranks": "no"},
             "refresh_all_ranks = 'no': must be true or",

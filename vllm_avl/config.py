@@ -123,10 +123,10 @@ class AVLConfig(BaseModel):
     refresh_all_ranks: Switch = Field(
         False, description="tensor parallel: select core by the scores of all ranks"
     )
-    executor: Literal["pack", "gather"] = Field(
-        "pack",
-        description="how core is read: from blocks of its own, or through an index "
-        "list inside the attention kernel (CUDA)",
+    executor: Literal["auto", "pack", "gather"] = Field(
+        "auto",
+        description="how core is read: from blocks of its own (pack), through a list "
+        "inside the attention kernel (gather), or what is faster (auto)",
     )
     engage: Literal["always", "pressure"] = Field(
         "always",
@@ -303,7 +303,7 @@ ALLOWED = {
     "text_min_tokens": COUNT,
     "text_decay": RATIO,
     "head_reduction": "mean or max",
-    "executor": "pack or gather",
+    "executor": "auto, pack or gather",
     "engage": "always or pressure",
     "engage_pool_use": RATIO,
     "release_pool_use": f"{RATIO}, at most engage_pool_use",

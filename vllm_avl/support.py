@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -87,11 +87,18 @@ def refuse_platform(name: str) -> NoReturn:
     )
 
 
-def check_executor(executor: str, *, can_gather: bool) -> None:
-    """Refuse a way to read core that the device's back end does not have."""
-    if executor == "gather" and not can_gather:
+def check_executor(executor: str, dtype: str, gathered: Collection[str] | None) -> None:
+    """Refuse a way to read core that the device's back end does not have.
+
+    Args:
+        executor: of the configuration.
+        dtype: of the model.
+        gathered: element types whose core can be gathered; None for all.
+    """
+    if executor == "gather" and gathered is not None and dtype not in gathered:
         raise UnsupportedError(
-            f"{BACKEND} has additional_config.avl.executor = 'gather' on CUDA only; "
+            f"{BACKEND} has additional_config.avl.executor = 'gather' on this device "
+            f"for {' and '.join(sorted(gathered))} only, and the model is {dtype}; "
             f"leave it out, {WAY_OUT}"
         )
 

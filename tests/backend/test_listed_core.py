@@ -48,10 +48,16 @@ class EagerCache:
         rows = task.blocks[slots // BLOCK_SIZE] * BLOCK_SIZE + slots % BLOCK_SIZE
         self.seen[:, rows] = found.unflatten(0, (NUM_KV_HEADS, -1)).sum(1)
 
-    def probabilities(self, rows):
-        return self.seen[:, rows]
+    def rows(self, blocks, num_slots):
+        slots = torch.arange(num_slots)
+        return blocks[slots // BLOCK_SIZE] * BLOCK_SIZE + slots % BLOCK_SIZE
 
-    def list_core(self, rows, slots):
+    def probabilities(self, token, blocks, num_slots):
+        return self.seen[:, self.rows(blocks, num_slots)]
+
+    def list_core(self, blocks, in_core, size, start):
+        slots = in_core.nonzero().flatten() + start
+        rows = self.rows(blocks, size)
         self.lists = dict(zip(rows.tolist(), slots.tolist(), strict=True))
 
 

@@ -10,9 +10,11 @@ from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm_avl.kernels import host
 
 from vllm_avl import support
 from vllm_avl.cache.spec import AVLSpec
+from vllm_avl.compat.platform import CPU
 from vllm_avl.config import AVLConfig
 from vllm_avl.support import UnsupportedError
 
@@ -162,9 +164,19 @@ def test_every_refusal_of_the_table_has_a_case():
     assert len(support.REFUSALS) == 11
 
 
-def test_lists_of_core_are_refused_on_a_cpu(checkpoints):
-    with pytest.raises(ValueError, match="executor = 'gather' on CUDA only; leave it"):
-        start(checkpoints, additional_config={"avl": {"executor": "gather"}})
+def test_lists_of_core_are_refused_for_fp16_on_a_cpu(checkpoints):
+    refused = "executor = 'gather' on this device for bfloat16 and float32 only, and"
+    with pytest.raises(ValueError, match=refused):
+        start(
+            checkpoints,
+            dtype="float16",
+            additional_config={"avl": {"executor": "gather"}},
+        )
+
+
+def test_refused_and_compiled_element_types_are_the_same():
+    compiled = {str(dtype).removeprefix("torch.") for dtype in host.DTYPES}
+    assert compiled == set(CPU.gathered)
 
 
 def test_other_devices_are_refused(checkpoints, monkeypatch):

@@ -98,7 +98,11 @@ def test_scored_attention_error_is_at_most_twice_eager(
     arguments = (keys, values, blocks, num_tokens, head_size**-0.5, soft_cap)
     exact = reference.scored_attention(query.double(), *arguments)
     eager = reference.scored_attention(query, *arguments)
-    compiled = host.scored_attention(query, halves(keys, values), *arguments[2:])
+    row = host.Row(blocks, num_tokens)
+    read = host.selected_attention(
+        query.unsqueeze(0), halves(keys, values), [row], *arguments[4:]
+    )
+    compiled = read.output[0], read.probabilities(0, row)
     for ours in (kernels.scored_attention(query, *arguments), compiled):
         for mine, theirs, truth in zip(ours, eager, exact, strict=True):
             eager_error = (theirs.double() - truth).abs().max()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_avl.backend.cpu_cache import KEYS_BY_COLUMN, CPUCache
 from vllm_avl.backend.layer import Layer
+from vllm_avl.backend.listed import ListedRows, listed_rows
 from vllm_avl.backend.ranks import RANKS
 from vllm_avl.backend.request import Task
 from vllm_avl.backend.step import current_step
@@ -32,6 +33,8 @@ class AVLMetadata(CPUAttentionMetadata):
     """Metadata over what is read, and who has work after this step's attention."""
 
     tasks: list[Task] = field(default_factory=list)
+    listed: ListedRows | None = None
+    """Rows that our kernel attends."""
 
 
 class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -75,7 +78,13 @@ class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
             max_seq_len=int(seq_lens.max()),
         )
         metadata = super().build(common_prefix_len, shifted, fast_build)
-        return AVLMetadata(**vars(metadata), tasks=view.tasks)
+        listed = listed_rows(
+            view.turns,
+            common.block_table_tensor,
+            common.query_start_loc_cpu.tolist(),
+            self.block_size,
+        )
+        return AVLMetadata(**vars(metadata), tasks=view.tasks, listed=listed)
 
 
 class AVLImpl(CPUAttentionBackendImpl):
@@ -114,16 +123,26 @@ class AVLImpl(CPUAttentionBackendImpl):
             output_scale,
             output_block_scale,
         )
-        if isinstance(attn_metadata, AVLMetadata) and attn_metadata.tasks:
-            ours = self._view(layer, kv_cache)
-            for task in attn_metadata.tasks:
-                ours.perform(task, query, output)
+        if isinstance(attn_metadata, AVLMetadata):
+            index = extract_layer_index(layer.layer_name)  # type: ignore[attr-defined]
+            self._work(index, attn_metadata, kv_cache, query, output)
         return output
 
-    def _view(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> Layer:
-        index = extract_layer_index(layer.layer_name)  # type: ignore[attr-defined]
+    def _work(
+        self,
+        index: int,
+        metadata: AVLMetadata,
+        kv_cache: torch.Tensor,
+        query: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
         cache = CPUCache(kv_cache, self.head_size, self.scale, self.logits_soft_cap)
-        return Layer(index, cache, RANKS)
+        if metadata.listed is not None:
+            paid = metadata.listed.attend(index, cache, query, output)
+            cache = replace(cache, paid=paid)
+        layer = Layer(index, cache, RANKS)
+        for task in metadata.tasks:
+            layer.perform(task, query, output)
 
 
 class AVLBackend(CPUAttentionBackend):

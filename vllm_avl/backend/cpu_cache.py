@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -30,6 +31,8 @@ class CPUCache:
     head_size: int
     scale: float
     soft_cap: float
+    paid: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    """By index of a row's token in the step, [num_heads, num_slots] attention."""
 
     @property
     def num_kv_heads(self) -> int:
@@ -78,9 +81,26 @@ class CPUCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `kernels.scored_attention`."""
         rest = blocks, num_tokens, self.scale, self.soft_cap
-        if self.kv_cache.dtype in host.DTYPES:
-            return host.scored_attention(query, self.halves, *rest)
-        return scored_attention(query, self.keys, self.values, *rest)
+        if self.kv_cache.dtype not in host.DTYPES:
+            return scored_attention(query, self.keys, self.values, *rest)
+        row = host.Row(blocks, num_tokens)
+        read = self.select(query.unsqueeze(0), [row])
+        return read.output[0], read.probabilities(0, row)
+
+    def select(self, query: torch.Tensor, rows: Sequence[host.Row]) -> host.Attention:
+        """As `kernels.host.selected_attention`."""
+        return host.selected_attention(
+            query, self.halves, rows, self.scale, self.soft_cap
+        )
+
+    def probabilities(
+        self, token: int, _blocks: torch.Tensor, _num_slots: int
+    ) -> torch.Tensor:
+        """[num_heads, num_slots] attention that a row of the step paid."""
+        return self.paid[token]
+
+    def list_core(self, *_: object) -> None:
+        """Do nothing: the rows' own mask is the list (`LayerRows.listed`)."""
 
     def move(self, blocks: torch.Tensor, moves: Moves) -> None:
         """Move rows of a request whose block ids are `blocks`."""

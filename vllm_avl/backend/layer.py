@@ -40,13 +40,31 @@ class Cache(Protocol):
 
 
 class ListingCache(Cache, Protocol):
-    """A cache whose core is an index list, and whose kernel has left its scores."""
+    """A cache whose core is a list, and whose kernel has left its scores."""
 
-    def probabilities(self, rows: torch.Tensor) -> torch.Tensor:
-        """[num_kv_heads, num_rows] attention that this step paid to cache rows."""
+    def probabilities(
+        self, token: int, blocks: torch.Tensor, num_slots: int
+    ) -> torch.Tensor:
+        """[num_heads or num_kv_heads, num_slots] attention that a row of the step paid.
 
-    def list_core(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
-        """Let the list whose entries lie at cache rows `rows` be `slots`."""
+        Args:
+            token: index of the row's token in the step.
+            blocks: ids of the request's blocks from the first stored on, int64.
+            num_slots: of these blocks.
+        """
+
+    def list_core(
+        self, blocks: torch.Tensor, in_core: torch.Tensor, size: int, start: int
+    ) -> None:
+        """Let the kernel read a request's core from the next step on.
+
+        Args:
+            blocks: as above.
+            in_core: [num_slots], True where a slot is core; a contiguous tensor that
+                stays as it is until the next list.
+            size: slots that are core.
+            start: position in the request, in tokens, of the first slot.
+        """
 
 
 class FusingCache(Cache, Protocol):
@@ -146,8 +164,7 @@ class Layer:
         if not task.scores_while_attending:
             return self.cache.scores(query[last : last + 1], blocks, num_slots)
         if task.gathers:
-            cache_rows = self._cache_rows(task, rows, num_slots)
-            return self._listing.probabilities(cache_rows)
+            return self._listing.probabilities(last, blocks, num_slots)
         attend = cast(FusingCache, self.cache).attend
         output[last], probabilities = attend(query[last], blocks, num_slots)
         return probabilities
@@ -242,20 +259,13 @@ class Layer:
     def _listing(self) -> ListingCache:
         return cast(ListingCache, self.cache)
 
-    def _cache_rows(self, task: Task, rows: LayerRows, num_slots: int) -> torch.Tensor:
-        """[num_slots] rows of the cache where the first stored slots lie, int64."""
-        size = self.cache.block_size
-        blocks = task.blocks[rows.start // size :]
-        in_block = torch.arange(size, device=blocks.device)
-        return (blocks.unsqueeze(1) * size + in_block).flatten()[:num_slots]
-
     def _list_core(self, task: Task, rows: LayerRows, in_core: torch.Tensor) -> None:
         """Let core be the rows of full prompt blocks where `in_core` is True."""
         plan = task.state.plan
-        rows.listed = in_core[: plan.num_full_tokens - rows.start]
+        rows.listed = in_core[: plan.num_full_tokens - rows.start].contiguous()
         size = plan.num_core_blocks * plan.block_size
-        slots = torch.nonzero_static(rows.listed, size=size).flatten() + rows.start
-        self._listing.list_core(self._cache_rows(task, rows, size), slots)
+        blocks = task.blocks[rows.start // self.cache.block_size :]
+        self._listing.list_core(blocks, rows.listed, size, rows.start)
 
     def _count_turnover(
         self, state: RequestState, rows: LayerRows, num_entered: int | torch.Tensor

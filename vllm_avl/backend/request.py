@@ -27,6 +27,8 @@ class RequestState:
     """Of the cache."""
     counts: Counts = field(default_factory=Counts)
     """The worker's."""
+    gather_below: int = 0
+    """Refresh interval from which on the executor `auto` packs."""
     layers: dict[int, LayerRows] = field(default_factory=dict)
     """Stored rows by layer index; empty where nobody asks for them again."""
     num_tokens: int = 0
@@ -51,15 +53,18 @@ class RequestState:
             or plan.config.introspection > 0
         )
 
-    @property
+    @cached_property
     def lists_core(self) -> bool:
-        """Whether core is an index list, and no row changes places for it.
+        """Whether core is a list, and no row changes places for it.
 
         Lists are for one ranking a layer that changes; others are packed.
         """
         plan = self.plan
+        gathers = plan.config.executor == "gather"
+        if plan.config.executor == "auto":
+            gathers = plan.config.core_refresh_interval < self.gather_below
         return (
-            plan.config.executor == "gather"
+            gathers
             and plan.config.head_reduction == "mean"
             and plan.has_core
             and plan.text_window is None
@@ -179,7 +184,7 @@ class Turn:
 
     @property
     def gathers(self) -> bool:
-        """Whether our kernel attends: a decode row whose core is an index list."""
+        """Whether our kernel attends: a decode row whose core is a list."""
         return not self.is_prefix and self.num_new == 1 and self.state.lists_core
 
     @cached_property

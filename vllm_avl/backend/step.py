@@ -32,6 +32,8 @@ class WorkerRequests:
     """Of the cache."""
     counts: Counts = field(default_factory=Counts)
     """What was done for all requests."""
+    gather_below: int = 0
+    """Refresh interval from which on the executor `auto` packs core."""
     running: dict[str, RequestState] = field(default_factory=dict)
     finished: deque[tuple[str, RequestState]] = field(init=False)
     """Oldest first."""
@@ -54,7 +56,7 @@ class WorkerRequests:
         for request_id in preempted:
             self.running.pop(request_id, None)
         self.running |= {
-            name: RequestState(plan, self.device, self.counts)
+            name: RequestState(plan, self.device, self.counts, self.gather_below)
             for name, plan in received.items()
         }
 

@@ -62,15 +62,26 @@ class TritonCache:
             query, self.keys, blocks, num_tokens, self.scale, self.soft_cap
         )
 
-    def probabilities(self, rows: torch.Tensor) -> torch.Tensor:
-        """[num_kv_heads, num_rows] attention that this step paid to cache rows."""
+    def probabilities(
+        self, _token: int, blocks: torch.Tensor, num_slots: int
+    ) -> torch.Tensor:
+        """[num_kv_heads, num_slots] attention that the step paid to a request."""
         assert self.read_scores is not None
-        return self.read_scores[:, rows]
+        return self.read_scores[:, self._rows(blocks, num_slots)]
 
-    def list_core(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
-        """Let the list whose entries lie at cache rows `rows` be `slots`."""
+    def list_core(
+        self, blocks: torch.Tensor, in_core: torch.Tensor, size: int, start: int
+    ) -> None:
+        """Put the slots of core where the request's first stored rows lie."""
         assert self.core_list is not None
-        self.core_list[0, rows] = slots.to(torch.int32)
+        slots = torch.nonzero_static(in_core, size=size).flatten() + start
+        self.core_list[0, self._rows(blocks, size)] = slots.to(torch.int32)
+
+    def _rows(self, blocks: torch.Tensor, num_slots: int) -> torch.Tensor:
+        """[num_slots] rows of the cache where the first slots of blocks lie, int64."""
+        in_block = torch.arange(self.block_size, device=blocks.device)
+        rows = blocks.unsqueeze(1) * self.block_size + in_block
+        return rows.flatten()[:num_slots]
 
     def move(self, blocks: torch.Tensor, moves: Moves) -> None:
         """Move rows of a request whose block ids are `blocks`."""

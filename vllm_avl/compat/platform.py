@@ -30,15 +30,21 @@ class Device:
     worker: str
     block_size: int | None
     """Where the user gives none; None for vLLM's own."""
+    gathered: tuple[str, ...] | None
+    """Element types whose core our kernel gathers; None for all."""
 
 
 # Small blocks free more finely than the CPU platform's 128 would.
 CPU = Device(
-    "vllm_avl.backend.cpu.AVLBackend", "vllm_avl.compat.cpu_worker.AVLCPUWorker", 32
+    "vllm_avl.backend.cpu.AVLBackend",
+    "vllm_avl.compat.cpu_worker.AVLCPUWorker",
+    32,
+    ("bfloat16", "float32"),
 )
 CUDA = Device(
     "vllm_avl.backend.triton.AVLTritonBackend",
     "vllm_avl.compat.worker.AVLWorker",
+    None,
     None,
 )
 
@@ -93,7 +99,8 @@ def update_config(original: Callable[..., None]) -> classmethod:
         if ours is None:
             refuse_platform(current_platform.device_name)
         avl_config = parse_config(vllm_config.additional_config)
-        check_executor(avl_config.executor, can_gather=ours is CUDA)
+        dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+        check_executor(avl_config.executor, dtype, ours.gathered)
         scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
         check_unclaimed("--scheduler-cls", scheduler.scheduler_cls, OUR_SCHEDULERS)
         check_unclaimed("--worker-cls", parallel.worker_cls, ("auto", ours.worker))

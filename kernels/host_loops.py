@@ -1,0 +1,214 @@
+"""Attention and exchange over one KV head of a cache on a CPU, compiled by Numba.
+
+`kernels.host` describes the cache, and runs these on its threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+# Sums may be taken in any order; NaN and infinity keep their meaning.
+FAST = {"reassoc", "contract", "nsz", "arcp"}
+LINE = 64
+"""Bytes of a processor's cache line."""
+
+
+@intrinsic
+def _prefetch(_context: Any, array: Any, _index: Any) -> Any:
+    """Bring an element's line into the second cache; processors do not look as far."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        elements = context.make_array(signature.args[0])(context, builder, values[0])
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        prefetch = cgutils.get_or_insert_function(
+            builder.module, function, "llvm.prefetch.p0"
+        )
+        address = builder.gep(elements.data, [values[1]])
+        read, second_cache, data = number(0), number(2), number(1)
+        arguments = [builder.bitcast(address, pointer), read, second_cache, data]
+        builder.call(prefetch, arguments)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), generate
+
+
+@njit(inline="always")
+def _prefetch_rows(rows: Any, picked: Any, size: int) -> None:
+    for index in picked:
+        for first in range(index * size, (index + 1) * size, LINE // rows.itemsize):
+            _prefetch(rows, first)
+
+
+@njit
+def _next_read(mask: Any, index: int, end: int, size: int) -> int:
+    """First block from `index` on that has a row to read; `end` where none has."""
+    while index < end and (index + 1) * size <= len(mask):
+        for slot in range(index * size, (index + 1) * size):
+            if mask[slot]:
+                return index
+        index += 1
+    return min(index, end)
+
+
+@njit
+def _picked(mask: Any, index: int, last: int, size: int) -> Any:
+    """Slots of a block that are read, ascending."""
+    picked, count = np.empty(size, np.int64), 0
+    for slot in range(index * size, min((index + 1) * size, last)):
+        if slot >= len(mask) or mask[slot]:
+            picked[count] = slot - index * size
+            count += 1
+    return picked[:count]
+
+
+@njit(fastmath=FAST)
+def _exponentiate(row: Any, norm: Any) -> None:
+    """Turn logits into weights, and leave the largest logit and the weights' sum."""
+    largest = np.float32(-np.inf)
+    for token in range(len(row)):
+        largest = max(largest, row[token])
+    norm[0], norm[1] = largest, 0
+    if largest == -np.inf:
+        row[:] = 0
+        return
+    total = np.float32(0)
+    for token in range(len(row)):
+        row[token] = np.exp(row[token] - largest)
+        total += row[token]
+    norm[1] = total
+
+
+def compile_attend(load: Any) -> Any:  # noqa: C901 (four functions in one)
+    """Make the attention of a row's KV head, for caches whose elements `load` reads.
+
+    It reads a part of the row's blocks, and leaves weights, output and what normalises
+    them: parts are put together by their norms.
+    """
+
+    @njit(inline="always")
+    def add(factors: Any, rows: Any, index: int, sums: Any) -> None:
+        size = len(sums)
+        row = rows[index * size : (index + 1) * size]
+        for k in range(size):
+            sums[k] += factors[index] * load(row[k])
+
+    @njit(inline="always")
+    def add_four(factors: Any, rows: Any, picked: Any, sums: Any) -> None:
+        # Sums are written once for four rows.
+        size = len(sums)
+        i, j, m, n = picked[0], picked[1], picked[2], picked[3]
+        a, b, c, d = factors[i], factors[j], factors[m], factors[n]
+        row_a, row_b = rows[i * size : (i + 1) * size], rows[j * size : (j + 1) * size]
+        row_c, row_d = rows[m * size : (m + 1) * size], rows[n * size : (n + 1) * size]
+        for k in range(size):
+            sums[k] += (
+                a * load(row_a[k])
+                + b * load(row_b[k])
+                + c * load(row_c[k])
+                + d * load(row_d[k])
+            )
+
+    @njit(inline="always")
+    def add_picked(
+        factors: Any, rows: Any, picked: Any, sums: Any, ahead: Any, picked_ahead: Any
+    ) -> None:
+        fours = len(picked) // 4 * 4
+        for first in range(0, fours, 4):
+            _prefetch_rows(ahead, picked_ahead[first : first + 4], len(sums))
+            add_four(factors, rows, picked[first : first + 4], sums)
+        _prefetch_rows(ahead, picked_ahead[fours:], len(sums))
+        for index in range(fours, len(picked)):
+            add(factors, rows, picked[index], sums)
+
+    @njit(inline="always")
+    def hide(logits: Any, read: Any, soft_cap: float) -> None:
+        if soft_cap > 0:
+            for slot in range(len(logits)):
+                logits[slot] = soft_cap * np.tanh(logits[slot] / soft_cap)
+        for slot in range(len(read)):
+            if not read[slot]:
+                logits[slot] = -np.inf
+
+    @njit(fastmath=FAST)
+    def attend(
+        query: Any,  # [group, head_size], scaled
+        cache: Any,
+        head: int,
+        blocks: Any,  # [num_row_blocks]
+        first: int,
+        end: int,
+        num_tokens: int,
+        mask: Any,  # [num_masked_slots]
+        soft_cap: float,
+        output: Any,  # [group, head_size]
+        weights: Any,  # [group, num_row_blocks * block_size]
+        norms: Any,  # [group, 2]
+    ) -> None:
+        group, head_size = query.shape
+        size = cache.shape[3] // head_size
+        last = min(end * size, num_tokens)
+        columns = np.arange(head_size)
+        output[:] = 0
+        for member in range(group):
+            weights[member, first * size : end * size] = -np.inf
+        index = _next_read(mask, first, end, size)
+        while index < end:
+            following = _next_read(mask, index + 1, end, size)
+            start, stop = index * size, (index + 1) * size
+            keys = cache[blocks[index], head, 0]
+            ahead = cache[blocks[min(following, end - 1)], head, 0]
+            for member in range(group):
+                logits = weights[member, start:stop]
+                logits[:] = 0
+                fetched = columns if member == 0 else columns[:0]
+                add_picked(query[member], keys, columns, logits, ahead, fetched)
+                hide(logits, mask[start:stop], soft_cap)
+            index = following
+        for member in range(group):
+            _exponentiate(weights[member, first * size : last], norms[member])
+        index = _next_read(mask, first, end, size)
+        picked = _picked(mask, index, last, size)
+        while index < end:
+            following = _next_read(mask, index + 1, end, size)
+            values = cache[blocks[index], head, 1]
+            ahead = cache[blocks[min(following, end - 1)], head, 1]
+            picked_ahead = _picked(mask, following, last, size)
+            for member in range(group):
+                logits = weights[member, index * size : (index + 1) * size]
+                fetched = picked_ahead if member == 0 else picked_ahead[:0]
+                add_picked(logits, values, picked, output[member], ahead, fetched)
+            index, picked = following, picked_ahead
+
+    return attend
+
+
+@njit
+def exchange(
+    cache: Any,
+    head: int,
+    blocks: Any,  # [num_request_blocks]
+    source: Any,  # [num_pairs] positions in the request
+    target: Any,
+    head_size: int,
+) -> None:
+    """Exchange rows in pairs."""
+    size = cache.shape[3] // head_size
+    for index in range(len(source)):
+        one = cache[blocks[source[index] // size], head]
+        other = cache[blocks[target[index] // size], head]
+        i, j = source[index] % size, target[index] % size
+        for d in range(head_size):
+            kept = one[0, d * size + i]
+            one[0, d * size + i] = other[0, d * size + j]
+            other[0, d * size + j] = kept
+        for d in range(head_size):
+            kept = one[1, i * head_size + d]
+            one[1, i * head_size + d] = other[1, j * head_size + d]
+            other[1, j * head_size + d] = kept
