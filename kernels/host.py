@@ -101,7 +101,7 @@ def _share(size: int) -> tuple[int, int]:
 
 def _compile(dtype: Any, load: Any) -> tuple[Any, Any]:
     """Make what a thread does for caches of `dtype`: attend, exchange."""
-    attend = compile_attend(load)
+    attend = compile_attend(load, dtype.bitwidth // 8)
 
     @cfunc(THREAD)
     def attend_in_thread(data: Any) -> None:
@@ -240,8 +240,11 @@ def selected_attention(
         soft_cap=soft_cap,
     )
     largest, total = norms.unbind(-1)
-    factors = (largest - largest.amax(1, keepdim=True)).exp_()
-    factors /= (factors * total).sum(1, keepdim=True)
+    if num_parts == 1:
+        factors = total.reciprocal()
+    else:
+        factors = (largest - largest.amax(1, keepdim=True)).exp_()
+        factors /= (factors * total).sum(1, keepdim=True)
     output = (outputs * factors.unsqueeze(-1)).sum(1)
     return Attention(output.flatten(1, 2), weights, factors)
 

@@ -17,6 +17,8 @@ from numba.extending import intrinsic
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 LINE = 64
 """Bytes of a processor's cache line."""
+UNSIGNED = np.uintp
+"""Indices that cannot count from an array's end, which would take a look at each."""
 
 
 @intrinsic
@@ -37,13 +39,6 @@ def _prefetch(_context: Any, array: Any, _index: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.int64), generate
-
-
-@njit(inline="always")
-def _prefetch_rows(rows: Any, picked: Any, size: int) -> None:
-    for index in picked:
-        for first in range(index * size, (index + 1) * size, LINE // rows.itemsize):
-            _prefetch(rows, first)
 
 
 @njit
@@ -85,34 +80,45 @@ def _exponentiate(row: Any, norm: Any) -> None:
     norm[1] = total
 
 
-def compile_attend(load: Any) -> Any:  # noqa: C901 (four functions in one)
+def compile_attend(load: Any, itemsize: int) -> Any:  # noqa: C901 (four functions in one)
     """Make the attention of a row's KV head, for caches whose elements `load` reads.
 
     It reads a part of the row's blocks, and leaves weights, output and what normalises
     them: parts are put together by their norms.
     """
+    line = LINE // itemsize
+
+    @njit(inline="always")
+    def prefetch_row(rows: Any, index: int, size: int) -> None:
+        for first in range(index * size, (index + 1) * size, line):
+            _prefetch(rows, first)
 
     @njit(inline="always")
     def add(factors: Any, rows: Any, index: int, sums: Any) -> None:
-        size = len(sums)
-        row = rows[index * size : (index + 1) * size]
-        for k in range(size):
-            sums[k] += factors[index] * load(row[k])
+        factor, at = factors[index], UNSIGNED(index * len(sums))
+        for k in range(len(sums)):
+            sums[k] += factor * load(rows[at + UNSIGNED(k)])
 
     @njit(inline="always")
-    def add_four(factors: Any, rows: Any, picked: Any, sums: Any) -> None:
+    def add_four(factors: Any, rows: Any, picked: Any, first: int, sums: Any) -> None:
         # Sums are written once for four rows.
-        size = len(sums)
-        i, j, m, n = picked[0], picked[1], picked[2], picked[3]
+        i, j, m, n = (
+            picked[first],
+            picked[first + 1],
+            picked[first + 2],
+            picked[first + 3],
+        )
         a, b, c, d = factors[i], factors[j], factors[m], factors[n]
-        row_a, row_b = rows[i * size : (i + 1) * size], rows[j * size : (j + 1) * size]
-        row_c, row_d = rows[m * size : (m + 1) * size], rows[n * size : (n + 1) * size]
-        for k in range(size):
+        size = len(sums)
+        at_a, at_b = UNSIGNED(i * size), UNSIGNED(j * size)
+        at_c, at_d = UNSIGNED(m * size), UNSIGNED(n * size)
+        for index in range(size):
+            k = UNSIGNED(index)
             sums[k] += (
-                a * load(row_a[k])
-                + b * load(row_b[k])
-                + c * load(row_c[k])
-                + d * load(row_d[k])
+                a * load(rows[at_a + k])
+                + b * load(rows[at_b + k])
+                + c * load(rows[at_c + k])
+                + d * load(rows[at_d + k])
             )
 
     @njit(inline="always")
@@ -121,9 +127,12 @@ def compile_attend(load: Any) -> Any:  # noqa: C901 (four functions in one)
     ) -> None:
         fours = len(picked) // 4 * 4
         for first in range(0, fours, 4):
-            _prefetch_rows(ahead, picked_ahead[first : first + 4], len(sums))
-            add_four(factors, rows, picked[first : first + 4], sums)
-        _prefetch_rows(ahead, picked_ahead[fours:], len(sums))
+            end = min(first + 4, len(picked_ahead))
+            for index in range(first, end):
+                prefetch_row(ahead, picked_ahead[index], len(sums))
+            add_four(factors, rows, picked, first, sums)
+        for index in range(fours, len(picked_ahead)):
+            prefetch_row(ahead, picked_ahead[index], len(sums))
         for index in range(fours, len(picked)):
             add(factors, rows, picked[index], sums)
 

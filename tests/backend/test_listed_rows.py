@@ -62,6 +62,8 @@ def test_only_decode_rows_with_lists_are_ours():
     (row,) = rows.rows
     assert row.state is ours
     assert row.token == 157 == rows.tokens.item()
+    assert not rows.is_whole_step
+    assert listed([Turn(ours, PROMPT, PROMPT + 1)], [0]).is_whole_step
 
 
 def test_a_row_reads_its_mask_between_refreshes_and_all_on_one():

@@ -112,20 +112,22 @@ class AVLImpl(CPUAttentionBackendImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend as stock does over the metadata's blocks, then perform the tasks."""
-        output = super().forward(
-            layer,
-            query,
-            key,
-            value,
-            kv_cache,
-            attn_metadata,
-            output,
-            output_scale,
-            output_block_scale,
-        )
-        if isinstance(attn_metadata, AVLMetadata):
+        ours = attn_metadata if isinstance(attn_metadata, AVLMetadata) else None
+        if ours is None or ours.listed is None or not ours.listed.is_whole_step:
+            output = super().forward(
+                layer,
+                query,
+                key,
+                value,
+                kv_cache,
+                attn_metadata,
+                output,
+                output_scale,
+                output_block_scale,
+            )
+        if ours is not None:
             index = extract_layer_index(layer.layer_name)  # type: ignore[attr-defined]
-            self._work(index, attn_metadata, kv_cache, query, output)
+            self._work(index, ours, kv_cache, query, output)
         return output
 
     def _work(

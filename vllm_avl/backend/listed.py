@@ -44,6 +44,8 @@ class ListedRows:
     rows: list[ListedRow]
     tokens: torch.Tensor
     """[num_rows] their tokens in the step, int64."""
+    is_whole_step: bool
+    """Whether there is no other row, so that vLLM's kernel has nothing to do."""
 
     def attend(
         self, index: int, cache: CPUCache, query: torch.Tensor, output: torch.Tensor
@@ -101,4 +103,5 @@ def listed_rows(
         )
     if not rows:
         return None
-    return ListedRows(rows, torch.tensor([row.token for row in rows]))
+    tokens = torch.tensor([row.token for row in rows])
+    return ListedRows(rows, tokens, is_whole_step=len(rows) == len(turns))
