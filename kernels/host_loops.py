@@ -80,11 +80,11 @@ def _exponentiate(row: Any, norm: Any) -> None:
     norm[1] = total
 
 
-def compile_attend(load: Any, itemsize: int) -> Any:  # noqa: C901 (four functions in one)
+def compile_attend(load: Any, itemsize: int) -> Any:  # noqa: C901 (they share `load`)
     """Make the attention of a row's KV head, for caches whose elements `load` reads.
 
     It reads a part of the row's blocks, and leaves weights, output and what normalises
-    them: parts are put together by their norms.
+    them: parts are put together by their norms. `itemsize` is an element's, in bytes.
     """
     line = LINE // itemsize
 
@@ -102,12 +102,8 @@ def compile_attend(load: Any, itemsize: int) -> Any:  # noqa: C901 (four functio
     @njit(inline="always")
     def add_four(factors: Any, rows: Any, picked: Any, first: int, sums: Any) -> None:
         # Sums are written once for four rows.
-        i, j, m, n = (
-            picked[first],
-            picked[first + 1],
-            picked[first + 2],
-            picked[first + 3],
-        )
+        i, j = picked[first], picked[first + 1]
+        m, n = picked[first + 2], picked[first + 3]
         a, b, c, d = factors[i], factors[j], factors[m], factors[n]
         size = len(sums)
         at_a, at_b = UNSIGNED(i * size), UNSIGNED(j * size)

@@ -185,7 +185,8 @@ class Turn:
     @property
     def gathers(self) -> bool:
         """Whether our kernel attends: a decode row whose core is a list."""
-        return not self.is_prefix and self.num_new == 1 and self.state.lists_core
+        answers = not self.is_prefix and not self.compacts
+        return answers and self.num_new == 1 and self.state.lists_core
 
     @cached_property
     def num_aged(self) -> int:
