@@ -17,6 +17,8 @@ from numba.extending import intrinsic
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 LINE = 64
 """Bytes of a processor's cache line."""
+PAIRS_AHEAD = 4
+"""How early a pair of rows is fetched before it is exchanged."""
 UNSIGNED = np.uintp
 """Indices that cannot count from an array's end, which would take a look at each."""
 
@@ -194,6 +196,27 @@ def compile_attend(load: Any, itemsize: int) -> Any:  # noqa: C901 (they share `
     return attend
 
 
+@njit(inline="always")
+def _prefetch_slot(halves: Any, slot: int, size: int, head_size: int) -> None:
+    """Fetch a row's key, of a line for each element, and its value."""
+    keys, values = halves[0], halves[1]
+    for d in range(head_size):
+        _prefetch(keys, d * size + slot)
+    for d in range(0, head_size, LINE // values.itemsize):
+        _prefetch(values, slot * head_size + d)
+
+
+@njit(inline="always")
+def _exchange_elements(
+    one: Any, first: int, other: Any, second: int, step: int, count: int
+) -> None:
+    for index in range(count):
+        at = UNSIGNED(index) * step
+        kept = one[first + at]
+        one[first + at] = other[second + at]
+        other[second + at] = kept
+
+
 @njit
 def exchange(
     cache: Any,
@@ -206,14 +229,13 @@ def exchange(
     """Exchange rows in pairs."""
     size = cache.shape[3] // head_size
     for index in range(len(source)):
+        ahead = min(index + PAIRS_AHEAD, len(source) - 1)
+        for slots in (source, target):
+            of_block = cache[blocks[slots[ahead] // size], head]
+            _prefetch_slot(of_block, slots[ahead] % size, size, head_size)
         one = cache[blocks[source[index] // size], head]
         other = cache[blocks[target[index] // size], head]
-        i, j = source[index] % size, target[index] % size
-        for d in range(head_size):
-            kept = one[0, d * size + i]
-            one[0, d * size + i] = other[0, d * size + j]
-            other[0, d * size + j] = kept
-        for d in range(head_size):
-            kept = one[1, i * head_size + d]
-            one[1, i * head_size + d] = other[1, j * head_size + d]
-            other[1, j * head_size + d] = kept
+        i, j = UNSIGNED(source[index] % size), UNSIGNED(target[index] % size)
+        _exchange_elements(one[0], i, other[0], j, UNSIGNED(size), head_size)
+        first, second = i * UNSIGNED(head_size), j * UNSIGNED(head_size)
+        _exchange_elements(one[1], first, other[1], second, UNSIGNED(1), head_size)
