@@ -86,8 +86,8 @@ COUNTERS = (
     Metric(
         "seconds",
         "Host seconds of the first worker, besides attention. stage: scoring (the "
-        "prompt), compaction (ranking, moving), refresh (on a CPU with that step's "
-        "attention), text_eviction.",
+        "prompt), compaction (ranking, moving), refresh (packed core on a CPU: with "
+        "that step's attention), text_eviction.",
         Stage,
     ),
 )
