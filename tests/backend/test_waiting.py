@@ -13,8 +13,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from vllm_avl.backend import layer as layer_module
-from vllm_avl.backend import rows
 from vllm_avl.backend.layer import Layer
 from vllm_avl.backend.ranks import Ranks
 from vllm_avl.backend.request import RequestState, Task
@@ -24,12 +22,6 @@ from vllm_avl.plan import make_plan
 BLOCK_SIZE, NUM_HEADS, NUM_KV_HEADS = 8, 4, 2
 PROMPT, VISION = 101, ((5, 45), (50, 90))
 ALONE = Ranks(lambda scores: scores, lambda scores, dim: scores)
-
-
-@pytest.fixture(autouse=True)
-def unwatched(monkeypatch):
-    """Without tests/recorder.py, which reads what is moved."""
-    monkeypatch.setattr(layer_module, "rearrange", rows.rearrange)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Tensor parallel 2: two CPU processes keep the rows that one keeps."""
 
+import dataclasses
 import os
-from pathlib import Path
 
 import pytest
 
@@ -18,20 +18,13 @@ WHOLE = [Ask(a.images, a.text, a.max_tokens, ALL) for a in ASKS]
 
 @pytest.fixture
 def start(checkpoints, monkeypatch):
-    tests = str(Path(__file__).parents[1])
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([tests, os.getenv("PYTHONPATH", "")])
-    )
     running = []
 
     def engine(size, avl):
         if size > 1:
             monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        extension = {} if avl is None else {"worker_extension_cls": "recorder.Recorder"}
         running.append(
-            Engine(
-                checkpoints("llava"), avl=avl, tensor_parallel_size=size, **extension
-            )
+            Engine(checkpoints("llava"), avl=avl, tensor_parallel_size=size)
         )
         return running[-1]
 
@@ -40,34 +33,54 @@ def start(checkpoints, monkeypatch):
         engine.shutdown()
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_two_ranks_keep_and_read_what_one_does(start):
     settings = {
         "vision_store_ratio": 0.3,
         "vision_core_ratio": 0.1,
         "refresh_all_ranks": True,
+        "introspection": 16,
     }
     one = start(1, settings)
     expected, whole = one.ask(ASKS), one.ask(WHOLE)
-    (moves,) = one.llm.collective_rpc("take_moves")
+    ((stored, selections),) = remembered(one)
     # Two adaptive requests, four layers: the prompt, and a refresh at 3, 6, ... 18.
-    assert len(moves) == 2 * 4 * 7
+    assert len(stored) == 2 * 4
+    assert all(len(history) == 7 for history in selections)
     one.shutdown()
 
-    two = start(2, settings)
-    assert two.ask(ASKS) == expected
-    assert two.ask(ASKS) == expected
-    first, second = two.llm.collective_rpc("take_moves")
-    assert first == second
-    assert prompts_of(first)[:8] == prompts_of(moves)
-    assert two.ask(WHOLE) == whole
-    two.shutdown()
+    for executor in ("gather", "pack"):
+        two = start(2, settings | {"executor": executor})
+        assert two.ask(ASKS) == expected
+        first, second = remembered(two)
+        assert first == second
+        # Of refreshes, scores may be too close to ties to compare.
+        assert first[0] == stored
+        assert [history[0] for history in first[1]] == [h[0] for h in selections]
+        assert two.ask(ASKS) == expected
+        assert two.ask(WHOLE) == whole
+        two.shutdown()
 
     stock = start(2, None)
     assert stock.ask(ASKS) == whole
 
 
-def prompts_of(moves):
-    """What was moved at the end of prompts: scores far enough from ties to compare."""
-    return [move for move in moves if move[0]]
+def remembered(engine):
+    """What each rank stored, and what it read after each selection, by layer."""
+    names = engine.llm.collective_rpc("avl_requests")[0]
+    ranks = zip(
+        *(engine.llm.collective_rpc("avl_report", args=(name,)) for name in names),
+        strict=True,
+    )
+    for reports in ranks:
+        layers = [layer for report in reports for layer in plain(report)["layers"]]
+        yield (
+            [set(sum(layer["core"] + layer["secondary"], [])) for layer in layers],
+            [[each["core"] for each in layer["history"]] for layer in layers],
+        )
+
+
+def plain(report):
+    """A report of another process comes as a dictionary."""
+    return dataclasses.asdict(report) if dataclasses.is_dataclass(report) else report
