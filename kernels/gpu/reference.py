@@ -71,3 +71,74 @@ def select_rows_matmul(
     pairs = zip(value, indices.long(), strict=True)
     sliced = [rows[:, chosen] for rows, chosen in pairs]
     return weights @ torch.stack(sliced).to(weights.dtype)
+
+
+def _best(scores: torch.Tensor, positions: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of the `count` largest; of equals the lowest positions, NaN last."""
+    scores = scores.double().nan_to_num(nan=-1.0, posinf=torch.inf)
+    in_order = positions.argsort()
+    best = scores[in_order].argsort(descending=True, stable=True)[:count]
+    return in_order[best]
+
+
+def select_prompt(
+    scores: torch.Tensor,
+    competes: torch.Tensor,
+    blocks: torch.Tensor,
+    block_size: int,
+    start: int,
+    num_stored: int,
+    num_core: int = 0,
+    row_tokens: torch.Tensor | None = None,
+    core_list: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `kernels.gpu.select_prompt`."""
+    slots = torch.arange(len(competes))
+    candidates = slots[competes]
+    best = candidates[_best(scores[competes], candidates, num_stored)]
+    stays = ~competes
+    stays[best] = True
+    source, target = slots[stays & (slots < start)], slots[~stays & (slots >= start)]
+    tokens = torch.where(competes, 2 * slots, ~slots)
+    tokens[best[:num_core]] += 1
+    tokens[target] = tokens[source]
+    if row_tokens is not None and core_list is not None:
+        rows = blocks.long()[slots // block_size] * block_size + slots % block_size
+        row_tokens[rows[start:]] = tokens[start:].int()
+        listed = slots[((tokens < 0) | (tokens % 2 == 1)) & (slots >= start)]
+        core_list[rows[start : start + len(listed)]] = listed.int()
+    num_moves = min(start, len(slots) - start)
+    padding = torch.full((num_moves - len(source),), -1)
+    return torch.cat([source, padding]).int(), torch.cat([target, padding]).int()
+
+
+def select_core(
+    scores: torch.Tensor,
+    row_tokens: torch.Tensor,
+    core_list: torch.Tensor,
+    num_entered: torch.Tensor,
+    block_table: torch.Tensor,
+    block_size: int,
+    start: torch.Tensor,
+    stop: torch.Tensor,
+    num_listed: torch.Tensor,
+) -> None:
+    """As `kernels.gpu.select_core`."""
+    for request, length in enumerate(num_listed.tolist()):
+        if not length:
+            continue
+        slots = torch.arange(int(start[request]), int(stop[request]))
+        blocks = block_table[request].long()[slots // block_size]
+        rows = blocks * block_size + slots % block_size
+        tokens = row_tokens[rows]
+        competes = tokens >= 0
+        positions = tokens[competes] // 2
+        total = scores[:, rows[competes]].sum(0)
+        best = _best(total, positions, length - int((~competes).sum()))
+        chosen = torch.zeros_like(positions)
+        chosen[best] = 1
+        num_entered += ((chosen == 1) & (tokens[competes] % 2 == 0)).sum()
+        tokens[competes] = (2 * positions + chosen).int()
+        row_tokens[rows] = tokens
+        listed = slots[(tokens < 0) | (tokens % 2 == 1)]
+        core_list[rows[:length]] = listed.int()

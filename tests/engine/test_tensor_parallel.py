@@ -23,9 +23,7 @@ def start(checkpoints, monkeypatch):
     def engine(size, avl):
         if size > 1:
             monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        running.append(
-            Engine(checkpoints("llava"), avl=avl, tensor_parallel_size=size)
-        )
+        running.append(Engine(checkpoints("llava"), avl=avl, tensor_parallel_size=size))
         return running[-1]
 
     yield engine
@@ -76,7 +74,11 @@ def remembered(engine):
     for reports in ranks:
         layers = [layer for report in reports for layer in plain(report)["layers"]]
         yield (
-            [set(sum(layer["core"] + layer["secondary"], [])) for layer in layers],
+            [
+                [{*core, *secondary} for core, secondary in zip(*parts, strict=True)]
+                for layer in layers
+                for parts in [(layer["core"], layer["secondary"])]
+            ],
             [[each["core"] for each in layer["history"]] for layer in layers],
         )
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from vllm_avl.kernels.gpu.compact_blocks import compact_blocks
 from vllm_avl.kernels.gpu.exchange_rows import exchange_rows
+from vllm_avl.kernels.gpu.select_core import select_core
+from vllm_avl.kernels.gpu.select_prompt import select_prompt
 from vllm_avl.kernels.gpu.select_rows_matmul import (
     select_columns_matmul,
     select_rows_matmul,
@@ -51,6 +53,18 @@ def select(head_size, dtype):
     select_rows_matmul(empty(2, 4, 1, 96, dtype=dtype), rows, empty(2, 96))
 
 
+def choose_of_prompt(num_core):
+    scores, competes = empty(2304, dtype=FP32), empty(2304, dtype=torch.bool)
+    buffers = [empty(4096), empty(4096)] if num_core else []
+    select_prompt(scores, competes, empty(84), 32, 1024, 1200, num_core, *buffers)
+
+
+def choose_core(num_heads):
+    scores, of_requests = empty(num_heads, 4096, dtype=FP32), [empty(8)] * 3
+    buffers = empty(4096), empty(4096), empty(1)
+    select_core(scores, *buffers, empty(8, 84), 32, *of_requests)
+
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FP8 = torch.float8_e4m3fn
 SCORES = [
@@ -70,6 +84,8 @@ MOVES = [
     partial(exchange, 256, FP32),
 ]
 SELECTIONS = [partial(select, 128, FP16), partial(select, 80, FP32)]
+CHOICES = [partial(choose_of_prompt, n) for n in (0, 300)]
+CHOICES += [partial(choose_core, n) for n in (1, 4, 32)]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +93,7 @@ def machines():
     """By launch and architecture, all that the launch compiles."""
     launches = [
         (launch, arch)
-        for launch in SCORES + MOVES + SELECTIONS
+        for launch in SCORES + MOVES + SELECTIONS + CHOICES
         for arch in ARCHES
         # sm_80 has no fp8.
         if arch >= 89 or not (launch.func is score and FP8 in launch.args)

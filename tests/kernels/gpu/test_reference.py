@@ -10,6 +10,8 @@ MODULES = {
     "vision_scores": "vision_scores",
     "exchange_rows": "exchange_rows",
     "compact_blocks": "compact_blocks",
+    "select_prompt": "select_prompt",
+    "select_core": "select_core",
     "select_columns_matmul": "select_rows_matmul",
     "select_rows_matmul": "select_rows_matmul",
 }
