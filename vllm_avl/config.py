@@ -164,6 +164,21 @@ class AVLConfig(BaseModel):
         return {**PRESETS[preset], **settings} if known else settings
 
     @property
+    def has_core(self) -> bool:
+        """Whether ordinary steps are to read less than what is stored."""
+        return (
+            self.core_refresh_interval > 1 and self.core_ratio < self.vision_store_ratio
+        )
+
+    @property
+    def lists_core(self) -> bool:
+        """Whether a CUDA server reads core through lists, all its decode rows alike.
+
+        `auto` does where the server's own settings have core.
+        """
+        return self.executor == "gather" or (self.executor == "auto" and self.has_core)
+
+    @property
     def core_ratio(self) -> float:
         """`vision_core_ratio`, or all that is stored."""
         if self.vision_core_ratio is None:

@@ -17,7 +17,7 @@ from vllm_avl.kernels.gpu.ranking import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_stored", "num_core", "num_moves"])
 def _select_prompt_kernel(
     source_ptr,  # [num_moves]
     target_ptr,  # [num_moves]

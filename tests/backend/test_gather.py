@@ -18,9 +18,10 @@ NUM_CORE = 4 * 32
 CORE = {"vision_core_ratio": 0.2, "core_refresh_interval": 3, "executor": "gather"}
 
 
-def turn_of(num_computed, num_new=1, **settings):
+def turn_of(num_computed, num_new=1, has_ranking_kernels=True, **settings):
     config = AVLConfig(**(CORE | settings))
-    state = RequestState(make_plan(PROMPT, ((5, 581),), 32, config))
+    plan = make_plan(PROMPT, ((5, 581),), 32, config)
+    state = RequestState(plan, has_ranking_kernels=has_ranking_kernels)
     return Turn(state, num_computed, num_computed + num_new)
 
 
@@ -29,8 +30,30 @@ def test_an_ordinary_row_reads_its_list_and_what_follows_the_full_blocks():
     assert select(turn_of(PROMPT + 40)) == Selection(18 * 32, START, NUM_CORE)
 
 
-def test_a_refresh_reads_and_scores_all_that_is_stored():
-    assert select(turn_of(PROMPT + 2)) == Selection(START, 0, 0, scored=True)
+def test_a_refresh_reads_and_scores_all_that_is_stored_and_chooses_from_it():
+    turn = turn_of(PROMPT + 2)
+    assert select(turn) == Selection(START, START, 0, True, 18 * 32, NUM_CORE)
+    assert not turn.has_work
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"policy": "random"},
+        {"introspection": 4},
+        {"refresh_all_ranks": True},
+        {"has_ranking_kernels": False},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_what_kernels_cannot_choose_is_work_for_python(settings):
+    turn = turn_of(PROMPT + 2, **settings)
+    assert select(turn) == Selection(START, START, 0, True, 18 * 32, 0)
+    assert turn.has_work
+
+
+def test_a_replay_of_several_tokens_is_work_for_python():
+    assert turn_of(PROMPT, 5).has_work
 
 
 @pytest.mark.parametrize(
@@ -83,7 +106,9 @@ def test_a_step_of_decode_rows_is_attended_whole_from_buffers_that_stay():
     ours, common = buffers(), step_of([1, 1], num_padded=1)
     rows = gathered_rows(ours, common, [None, turn_of(PROMPT)])
     assert rows.tokens is None
-    assert rows.selections.tolist() == [[0, 576, 0], [0, 256, 0], [0, 128, 0], [0] * 3]
+    selections = [[0, 576, 0], [0, 256, 0], [0, 128, 0], *[[0] * 3] * 3]
+    assert rows.selections.tolist() == selections
+    assert rows.chooses, "one graph serves steps that choose and steps that do not"
     assert rows.selections.data_ptr() == ours.selections.data_ptr()
     assert rows.block_table.data_ptr() == common.block_table_tensor.data_ptr()
     gathered_rows(ours, common, [])
@@ -98,7 +123,13 @@ def test_of_a_mixed_step_only_rows_with_lists_are_ours():
     assert rows.seq_lens.tolist() == [710]
     assert rows.query_start_loc.tolist() == [0, 1]
     assert rows.block_table.tolist() == [list(range(8, 16))]
-    assert rows.selections.tolist() == [[256], [0], [0], [1]]
+    assert rows.selections.tolist() == [[256], [256], [0], [1], [576], [128]]
+    assert rows.chooses
+
+
+def test_a_mixed_step_that_chooses_nothing_launches_no_choice():
+    rows = gathered_rows(buffers(), step_of([5, 1]), [turn_of(0, 5), turn_of(PROMPT)])
+    assert not rows.chooses
 
 
 def test_a_mixed_step_without_lists_is_left_to_vllm():
@@ -109,8 +140,8 @@ def test_a_mixed_step_without_lists_is_left_to_vllm():
 
 def test_layers_have_lists_of_their_own():
     ours = buffers()
-    assert ours.core_list("a") is ours.core_list("a")
-    assert ours.core_list("a") is not ours.core_list("b")
+    assert ours.lists_of("a") is ours.lists_of("a")
+    assert ours.lists_of("a") is not ours.lists_of("b")
 
 
 @pytest.mark.parametrize(("pairs", "splits"), [(1, 16), (32, 16), (64, 8), (1000, 1)])

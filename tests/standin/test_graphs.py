@@ -2,7 +2,7 @@
 
 import pytest
 
-from standin.asks import BACKEND, answer_on_cpu, check, spec
+from standin.asks import BACKEND, SPEC, answer_on_cpu, check, spec
 from standin.process import GRAPHS, generate
 
 
@@ -22,3 +22,24 @@ def test_graphs_answer_as_the_cpu_does(model, expected, runner, executor):
     report = generate(model, spec(executor, **settings), *options)
     check(report, expected)
     assert report["graphs"]["replayed"] >= 4
+
+
+CORE_ALONE = [0, 2, 6, 7]
+"""Requests of `SPEC` that need no policy's tensors; of one, every second step
+refreshes."""
+
+
+@pytest.mark.timeout(1200)
+def test_a_refresh_is_part_of_the_graph(model, expected):
+    """Every step of the answers is a replay: none of them needs Python."""
+    requests = [SPEC["requests"][index] for index in CORE_ALONE]
+    settings = GRAPHS | {"max_num_batched_tokens": 2048}
+    asked = spec("gather", **settings) | {"requests": requests}
+    report = generate(model, asked, "--runner", "v2", *BACKEND)
+    answers = {
+        name: [expected[name][index] for index in CORE_ALONE]
+        for name in ("tokens", "logprobs")
+    }
+    check(report, answers)
+    num_steps = max(map(len, report["tokens"])) - 1
+    assert report["graphs"]["replayed"] == num_steps

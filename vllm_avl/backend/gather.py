@@ -14,6 +14,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_avl.backend.request import Turn
 from vllm_avl.backend.view import Selection, select
+from vllm_avl.kernels.gpu.select_core import select_core
 from vllm_avl.kernels.gpu.selected_attention import Refresh, selected_attention
 
 PROGRAMS_PER_DEVICE = 264
@@ -31,36 +32,48 @@ class GatherBuffers:
     num_kv_heads: int
     max_num_seqs: int
     device: torch.device
-    core_lists: dict[str, torch.Tensor] = field(default_factory=dict)
-    """By layer name, [1, num_slots] int32."""
+    layers: dict[str, LayerLists] = field(default_factory=dict)
+    """By layer name."""
 
     def __post_init__(self) -> None:
         def new(rows: int, dtype: torch.dtype, columns: int) -> torch.Tensor:
             return torch.zeros(rows, columns, dtype=dtype, device=self.device)
 
-        self.selections = new(4, torch.int32, self.max_num_seqs)
+        self.selections = new(6, torch.int32, self.max_num_seqs)
+        self.num_entered = new(1, torch.int32, 1)[0]
         self.scores = new(self.num_kv_heads, torch.float32, self.num_slots)
         self.logits = new(self.num_heads, torch.float32, self.num_slots)
 
-    def core_list(self, layer_name: str) -> torch.Tensor:
-        """Return a layer's lists of core."""
-        if layer_name not in self.core_lists:
-            self.core_lists[layer_name] = torch.zeros(
-                1, self.num_slots, dtype=torch.int32, device=self.device
-            )
-        return self.core_lists[layer_name]
+    def lists_of(self, layer_name: str) -> LayerLists:
+        """Return what is a layer's own."""
+        if layer_name not in self.layers:
+            both = torch.zeros(2, self.num_slots, dtype=torch.int32, device=self.device)
+            self.layers[layer_name] = LayerLists(self, both[:1], both[1])
+        return self.layers[layer_name]
 
     def fill(self, selections: Sequence[Selection], num_rows: int) -> torch.Tensor:
         """Put a step's selections where its launch reads them.
 
         Returns:
-            [4, num_rows] view: first slots, list starts, list lengths, flags.
+            [6, num_rows] view: first slots, list starts, list lengths, flags, list
+            ends, lengths of new lists.
         """
         padded = [*selections, *[Selection()] * (num_rows - len(selections))]
         host = torch.tensor(padded, dtype=torch.int32).T.contiguous()
         view = self.selections[:, :num_rows]
         view.copy_(host, non_blocking=True)
         return view
+
+
+@dataclass(frozen=True)
+class LayerLists:
+    """What kernels remember of the requests' rows in one layer."""
+
+    buffers: GatherBuffers
+    core_list: torch.Tensor
+    """[1, num_slots] int32, see `kernels.gpu.selected_attention`."""
+    row_tokens: torch.Tensor
+    """[num_slots] int32, see `kernels.gpu.select_prompt`."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,9 @@ class GatheredRows:
     query_start_loc: torch.Tensor
     """[num_rows + 1] int32."""
     selections: torch.Tensor
-    """[4, num_rows] int32."""
+    """[6, num_rows] int32."""
+    chooses: bool
+    """Whether any row may choose core anew in this pass."""
     tokens: torch.Tensor | None
     """[num_rows] where their queries lie in the step; None where they are the step."""
 
@@ -101,7 +116,10 @@ class GatheredRows:
             output: as query.
         """
         buffers = self.buffers
-        first_slot, list_start, num_core, scored = self.selections
+        first_slot, list_start, num_core, scored, list_stop, num_chosen = (
+            self.selections
+        )
+        lists = buffers.lists_of(layer_name)
         queries = query if self.tokens is None else query[self.tokens]
         rows = output if self.tokens is None else torch.empty_like(queries)
         selected_attention(
@@ -112,7 +130,7 @@ class GatheredRows:
             self.seq_lens,
             self.query_start_loc,
             first_slot,
-            buffers.core_list(layer_name),
+            lists.core_list,
             list_start,
             num_core,
             scale,
@@ -123,6 +141,18 @@ class GatheredRows:
         )
         if self.tokens is not None:
             output[self.tokens] = rows
+        if self.chooses:
+            select_core(
+                buffers.scores,
+                lists.row_tokens,
+                lists.core_list[0],
+                buffers.num_entered,
+                self.block_table,
+                keys.shape[2],
+                list_start,
+                list_stop,
+                num_chosen,
+            )
 
 
 def num_splits(num_pairs: int) -> int:
@@ -153,6 +183,7 @@ def gathered_rows(
             common.seq_lens[:num_reqs],
             common.query_start_loc[: num_reqs + 1],
             buffers.fill(selections, num_reqs),
+            chooses=True,
             tokens=None,
         )
     found = [row for row, selection in enumerate(selections) if selection.gathers]
@@ -166,5 +197,6 @@ def gathered_rows(
         common.seq_lens[rows],
         torch.arange(len(found) + 1, dtype=torch.int32, device=device),
         buffers.fill([selections[row] for row in found], len(found)),
+        chooses=any(selection.num_chosen for selection in selections),
         tokens=common.query_start_loc[rows].to(torch.int64),
     )

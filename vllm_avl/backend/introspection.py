@@ -108,6 +108,7 @@ def summarize(request_id: str, state: RequestState) -> RequestSummary:
 def report(request_id: str, state: RequestState) -> RequestReport:
     """Describe `state`; may be called between any two steps."""
     plan = state.plan
+    kernel_rows = {index: rows.read() for index, rows in state.kernel_rows.items()}
     return RequestReport(
         **vars(summarize(request_id, state)),
         settings=plan.config.model_dump(),
@@ -116,7 +117,7 @@ def report(request_id: str, state: RequestState) -> RequestReport:
         timeline=list(timeline(plan, state.num_tokens)),
         layers=[
             _report_layer(index, rows, state)
-            for index, rows in sorted(state.layers.items())
+            for index, rows in sorted((state.layers | kernel_rows).items())
         ],
     )
 

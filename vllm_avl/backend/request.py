@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vllm_avl.backend.rows import LayerRows
+from vllm_avl.backend.rows import KernelRows, LayerRows
 from vllm_avl.metrics.counts import Counts
 from vllm_avl.metrics.definitions import Stage, key
 from vllm_avl.plan import Plan
@@ -29,8 +29,12 @@ class RequestState:
     """The worker's."""
     gather_below: int = 0
     """Refresh interval from which on the executor `auto` packs."""
+    has_ranking_kernels: bool = False
+    """Whether the worker's device ranks rows in kernels of ours."""
     layers: dict[int, LayerRows] = field(default_factory=dict)
     """Stored rows by layer index; empty where nobody asks for them again."""
+    kernel_rows: dict[int, KernelRows] = field(default_factory=dict)
+    """The same where kernels keep them."""
     num_tokens: int = 0
     """Length after the last step."""
     num_refreshes: int = 0
@@ -72,6 +76,18 @@ class RequestState:
             and not self.policy.per_head
         )
 
+    @cached_property
+    def ranks_in_kernels(self) -> bool:
+        """Whether kernels choose its rows, without a policy's tensors."""
+        plan = self.plan
+        return (
+            self.has_ranking_kernels
+            and self.policy.ranks_attention
+            and plan.text_window is None
+            and plan.config.introspection == 0
+            and (self.lists_core or not plan.has_core)
+        )
+
     @property
     def keeps_sums(self) -> bool:
         """Whether attention is added up."""
@@ -86,6 +102,14 @@ class RequestState:
         if self.policy.ranks_text:
             return torch.arange(plan.num_full_tokens, device=self.device)
         return _positions(plan.ranked_ranges).to(self.device)
+
+    @cached_property
+    def competes(self) -> torch.Tensor:
+        """[num_full_tokens], True where the policy ranks a token."""
+        competes = torch.zeros(self.plan.num_full_tokens, dtype=torch.bool)
+        for start, end in self.plan.ranked_ranges:
+            competes[start:end] = True
+        return competes.to(self.device, non_blocking=True)
 
     @property
     def candidates_end(self) -> int:
@@ -188,6 +212,16 @@ class Turn:
         answers = not self.is_prefix and not self.compacts
         return answers and self.num_new == 1 and self.state.lists_core
 
+    @property
+    def chooses_in_pass(self) -> bool:
+        """Whether kernels of the pass itself choose core anew."""
+        return (
+            self.scores
+            and self.gathers
+            and self.state.ranks_in_kernels
+            and not self.state.plan.config.refresh_all_ranks
+        )
+
     @cached_property
     def num_aged(self) -> int:
         """Text rows that leave the window in this step, for each KV head."""
@@ -202,8 +236,9 @@ class Turn:
 
     @cached_property
     def has_work(self) -> bool:
-        """Whether the layers have anything to do for it after their attention."""
-        return self.compacts or self.scores or self.num_aged > 0
+        """Whether Python has anything to do for it after the layers' attention."""
+        scores = self.scores and not self.chooses_in_pass
+        return self.compacts or scores or self.num_aged > 0
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,25 @@ class LayerRows:
 
 
 @dataclass(frozen=True)
+class KernelRows:
+    """Where kernels keep which tokens one layer stores of one request."""
+
+    start: int
+    """As `LayerRows.start`."""
+    cache_rows: torch.Tensor
+    """[num_slots] rows of the cache, int64, from `start` to the last full block."""
+    row_tokens: torch.Tensor
+    """[num_blocks · block_size] int32, see `kernels.gpu.select_prompt`."""
+
+    def read(self) -> LayerRows:
+        """Look up positions and core; waits for the device."""
+        tokens = self.row_tokens[self.cache_rows].to("cpu", torch.int64)
+        positions = torch.where(tokens < 0, ~tokens, tokens >> 1)
+        listed = (tokens < 0) | (tokens & 1 == 1)
+        return LayerRows(self.start, positions.unsqueeze(0), listed=listed)
+
+
+@dataclass(frozen=True)
 class Moves:
     """Rows that change slots, in pairs of slots; no slot is named twice in a head."""
 

@@ -34,6 +34,8 @@ class WorkerRequests:
     """What was done for all requests."""
     gather_below: int = 0
     """Refresh interval from which on the executor `auto` packs core."""
+    has_ranking_kernels: bool = False
+    """Whether the device ranks rows in kernels of ours."""
     running: dict[str, RequestState] = field(default_factory=dict)
     finished: deque[tuple[str, RequestState]] = field(init=False)
     """Oldest first."""
@@ -56,7 +58,13 @@ class WorkerRequests:
         for request_id in preempted:
             self.running.pop(request_id, None)
         self.running |= {
-            name: RequestState(plan, self.device, self.counts, self.gather_below)
+            name: RequestState(
+                plan,
+                self.device,
+                self.counts,
+                self.gather_below,
+                self.has_ranking_kernels,
+            )
             for name, plan in received.items()
         }
 
@@ -96,6 +104,9 @@ class Step:
     """By request id."""
     row_ids: Callable[[CommonAttentionMetadata], Sequence[str]]
     """Request ids in the order of the batch's rows."""
+    num_entered: torch.Tensor | None = None
+    """[1] int32 on the device, where kernels add the rows that enter core; None where
+    the step chooses no core in kernels."""
     _view: StepView | None = None
 
     @property

@@ -22,14 +22,16 @@ from vllm.v1.attention.backends.triton_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_avl.backend.gather import GatherBuffers, GatheredRows, gathered_rows
+from vllm_avl.backend.kernel_layer import KernelLayer
 from vllm_avl.backend.layer import Layer
 from vllm_avl.backend.ranks import RANKS
 from vllm_avl.backend.request import Task
-from vllm_avl.backend.step import current_step
+from vllm_avl.backend.step import Step, current_step
 from vllm_avl.backend.triton_cache import TritonCache
 from vllm_avl.backend.view import StepView, shift
 from vllm_avl.cache.spec import AVLSpec, adapt
 from vllm_avl.config import parse_config
+from vllm_avl.metrics.definitions import key
 from vllm_avl.support import check_layer, check_layer_names, check_spec
 
 
@@ -68,7 +70,7 @@ class AVLTritonMetadataBuilder(TritonAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         self._gather: GatherBuffers | None = None
-        if parse_config(vllm_config.additional_config).executor == "gather":
+        if parse_config(vllm_config.additional_config).lists_core:
             num_blocks = vllm_config.cache_config.num_gpu_blocks
             assert num_blocks is not None
             self._gather = GatherBuffers(
@@ -103,6 +105,7 @@ class AVLTritonMetadataBuilder(TritonAttentionMetadataBuilder):
         gathered = None
         if self._gather is not None:
             gathered = gathered_rows(self._gather, common, view.turns)
+            self._count(step, view)
         if gathered is None or gathered.tokens is not None:
             common = self._shift(common, view.first_blocks, keep=in_graph)
         metadata = super().build(common_prefix_len, common, fast_build)
@@ -112,6 +115,18 @@ class AVLTritonMetadataBuilder(TritonAttentionMetadataBuilder):
             gathered=gathered,
             buffers=self._gather,
         )
+
+    def _count(self, step: Step | None, view: StepView) -> None:
+        """Count what kernels will choose, and where they count what enters core."""
+        choosing = [turn for turn in view.turns if turn and turn.chooses_in_pass]
+        for turn in choosing:
+            num_selected = turn.state.plan.num_core_vision * len(self.layer_names)
+            turn.state.counts.count(key("core_rows_selected"), num_selected)
+        refresh = any(
+            task.scores and task.state.ranks_in_kernels for task in view.tasks
+        )
+        if step is not None and self._gather is not None and (choosing or refresh):
+            step.num_entered = self._gather.num_entered
 
     def _shift(
         self, common: CommonAttentionMetadata, first_blocks: list[int], keep: bool
@@ -212,10 +227,27 @@ class AVLTritonImpl(TritonAttentionImpl):
                 output[:count],
             )
         if ours.tasks:
-            selecting = Layer(extract_layer_index(layer.layer_name), cache, RANKS)
-            for task in ours.tasks:
-                selecting.perform(task, query, output)
+            self._perform(layer.layer_name, cache, ours, query, output)
         return output
+
+    def _perform(
+        self,
+        layer_name: str,
+        cache: TritonCache,
+        ours: AVLTritonMetadata,
+        query: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """Do a layer's tasks: by kernels what they can rank, else by policies."""
+        index, buffers = extract_layer_index(layer_name), ours.buffers
+        lists = None if buffers is None else buffers.lists_of(layer_name)
+        by_kernels = KernelLayer(index, cache, lists, RANKS)
+        by_policies = Layer(index, cache, RANKS)
+        for task in ours.tasks:
+            if task.state.ranks_in_kernels:
+                by_kernels.perform(task, query)
+            else:
+                by_policies.perform(task, query, output)
 
     def _cache(
         self,
@@ -227,7 +259,8 @@ class AVLTritonImpl(TritonAttentionImpl):
         plain = kv_cache, self.head_size, self.scale, self.logits_soft_cap
         if buffers is None:
             return TritonCache(*plain)
-        return TritonCache(*plain, buffers.core_list(layer.layer_name), buffers.scores)
+        lists = buffers.lists_of(layer.layer_name)
+        return TritonCache(*plain, lists.core_list, buffers.scores)
 
 
 class AVLTritonBackend(TritonAttentionBackend):

@@ -67,7 +67,7 @@ class TritonCache:
     ) -> torch.Tensor:
         """[num_kv_heads, num_slots] attention that the step paid to a request."""
         assert self.read_scores is not None
-        return self.read_scores[:, self._rows(blocks, num_slots)]
+        return self.read_scores[:, self.rows(blocks, num_slots)]
 
     def list_core(
         self, blocks: torch.Tensor, in_core: torch.Tensor, size: int, start: int
@@ -75,9 +75,9 @@ class TritonCache:
         """Put the slots of core where the request's first stored rows lie."""
         assert self.core_list is not None
         slots = torch.nonzero_static(in_core, size=size).flatten() + start
-        self.core_list[0, self._rows(blocks, size)] = slots.to(torch.int32)
+        self.core_list[0, self.rows(blocks, size)] = slots.to(torch.int32)
 
-    def _rows(self, blocks: torch.Tensor, num_slots: int) -> torch.Tensor:
+    def rows(self, blocks: torch.Tensor, num_slots: int) -> torch.Tensor:
         """[num_slots] rows of the cache where the first slots of blocks lie, int64."""
         in_block = torch.arange(self.block_size, device=blocks.device)
         rows = blocks.unsqueeze(1) * self.block_size + in_block

@@ -21,6 +21,10 @@ class Selection(NamedTuple):
     num_core: int = 0
     """Entries of the list that it reads."""
     scored: bool = False
+    list_stop: int = 0
+    """End of the slots that compete for core or are listed always."""
+    num_chosen: int = 0
+    """Entries of the list that is made of the step's scores; 0 where none is."""
 
     @property
     def gathers(self) -> bool:
@@ -95,12 +99,12 @@ def select(turn: Turn | None) -> Selection:
         return Selection()
     if not turn.gathers:
         return Selection(turn.first_read_token)
-    start = turn.first_read_token
+    start, plan = turn.first_read_token, turn.state.plan
+    num_core, stop = plan.num_core_blocks * plan.block_size, plan.num_full_tokens
     if turn.reads_all:
-        return Selection(start, scored=turn.scores)
-    plan = turn.state.plan
-    num_core = plan.num_core_blocks * plan.block_size
-    return Selection(plan.num_full_tokens, start, num_core)
+        num_chosen = num_core if turn.chooses_in_pass else 0
+        return Selection(start, start, 0, turn.scores, stop, num_chosen)
+    return Selection(stop, start, num_core)
 
 
 def shift(

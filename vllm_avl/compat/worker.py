@@ -5,6 +5,7 @@ The CPU worker is one too; `cpu_worker` adds what it needs.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from vllm_avl.cache.spec import AVLSpec
 from vllm_avl.compat.scheduler import received_plans
 from vllm_avl.compat.stats import attach_counts
 from vllm_avl.config import parse_config
+from vllm_avl.metrics.definitions import key
 from vllm_avl.support import check_groups
 
 
@@ -42,6 +44,13 @@ class AVLWorker(Worker):
         check_groups(specs, AVLSpec)
         super().initialize_from_config(kv_cache_config)
         self._avl_requests.device = self.device
+        self._choose_kernels(specs[0])
+
+    def _choose_kernels(self, spec: AVLSpec) -> None:
+        """Tell the requests which kernels there are for their cache."""
+        config = parse_config(self.vllm_config.additional_config)
+        self._avl_requests.has_ranking_kernels = True
+        self._avl_requests.gather_below = sys.maxsize if config.lists_core else 0
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Run one step, with its plans at the metadata builders' hand."""
@@ -51,8 +60,14 @@ class AVLWorker(Worker):
             received_plans(scheduler_output),
         )
         turns = self._avl_requests.turns(spans(scheduler_output))
-        with executing(Step(turns, self._row_ids)):
-            return super().execute_model(scheduler_output)
+        step = Step(turns, self._row_ids)
+        with executing(step):
+            output = super().execute_model(scheduler_output)
+        if step.num_entered is not None:
+            entered = step.num_entered.clone()
+            self._avl_requests.counts.count(key("core_rows_entered"), entered)
+            step.num_entered.zero_()
+        return output
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample, and let the step's counts travel with its tokens."""

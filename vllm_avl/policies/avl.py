@@ -19,6 +19,7 @@ class AVLPolicy(Policy):
 
     window: ClassVar[int] = 32
     observes_vision: ClassVar[bool] = False
+    ranks_attention: ClassVar[bool] = True
 
     def score(self, view: TokenView) -> torch.Tensor:
         """Score by attention."""

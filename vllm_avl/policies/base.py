@@ -59,6 +59,8 @@ class Policy(ABC):
     """Whether every KV head has a ranking of its own."""
     keeps_sums: ClassVar[bool] = False
     """Whether attention is added up over the request's life."""
+    ranks_attention: ClassVar[bool] = False
+    """Whether the attention over all heads is the score, so that kernels may rank."""
     refreshes: ClassVar[bool] = True
     """Whether core is selected anew during the answer."""
     adapts: ClassVar[bool] = True
