@@ -77,11 +77,10 @@ class KernelLayer:
         blocks = task.block_ids
         compact_blocks(self.cache.keys, self.cache.values, blocks, source, target)
         if lists is not None:
-            first, last = plan.private_from, plan.num_full_blocks
-            rows = self.cache.rows(
-                task.blocks[first:last], plan.num_full_tokens - start
+            stored = task.blocks[plan.private_from : plan.num_full_blocks]
+            state.kernel_rows[self.index] = KernelRows(
+                start, stored, lists.row_tokens, plan.block_size
             )
-            state.kernel_rows[self.index] = KernelRows(start, rows, lists.row_tokens)
 
     def _refresh(self, task: Task, query: torch.Tensor) -> None:
         """Choose core by the last row of a replay, or by all ranks' heads."""

@@ -78,14 +78,16 @@ class KernelRows:
 
     start: int
     """As `LayerRows.start`."""
-    cache_rows: torch.Tensor
-    """[num_slots] rows of the cache, int64, from `start` to the last full block."""
+    blocks: torch.Tensor
+    """[num_stored_blocks] block ids from `start` to the last full block, int64."""
     row_tokens: torch.Tensor
     """[num_blocks · block_size] int32, see `kernels.gpu.select_prompt`."""
+    block_size: int
 
     def read(self) -> LayerRows:
         """Look up positions and core; waits for the device."""
-        tokens = self.row_tokens[self.cache_rows].to("cpu", torch.int64)
+        by_block = self.row_tokens.unflatten(0, (-1, self.block_size))
+        tokens = by_block[self.blocks].flatten().to("cpu", torch.int64)
         positions = torch.where(tokens < 0, ~tokens, tokens >> 1)
         listed = (tokens < 0) | (tokens & 1 == 1)
         return LayerRows(self.start, positions.unsqueeze(0), listed=listed)
