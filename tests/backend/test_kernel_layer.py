@@ -54,9 +54,14 @@ class Served:
         self.state = RequestState(plan, has_ranking_kernels=in_kernels)
         assert self.state.ranks_in_kernels == in_kernels
         self.buffers = GatherBuffers(
-            NUM_BLOCKS * BLOCK_SIZE, NUM_HEADS, NUM_KV_HEADS, 4, torch.device("cpu")
+            num_slots=NUM_BLOCKS * BLOCK_SIZE,
+            num_heads=NUM_HEADS,
+            num_kv_heads=NUM_KV_HEADS,
+            max_num_seqs=4,
+            device=torch.device("cpu"),
+            layer_names=["layer"],
         )
-        lists = self.buffers.lists_of("layer")
+        lists = self.buffers.layers["layer"]
         kv_cache = torch.randn(NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)
         self.cache = TritonCache(
             kv_cache, HEAD_SIZE, SCALE, 0.0, lists.core_list, self.buffers.scores

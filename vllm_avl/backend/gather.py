@@ -32,7 +32,8 @@ class GatherBuffers:
     num_kv_heads: int
     max_num_seqs: int
     device: torch.device
-    layers: dict[str, LayerLists] = field(default_factory=dict)
+    layer_names: Sequence[str]
+    layers: dict[str, LayerLists] = field(init=False)
     """By layer name."""
 
     def __post_init__(self) -> None:
@@ -41,15 +42,17 @@ class GatherBuffers:
 
         self.selections = new(6, torch.int32, self.max_num_seqs)
         self.num_entered = new(1, torch.int32, 1)[0]
+        # Before any graph is captured, which would own what is allocated in it.
+        self.layers = {
+            name: LayerLists(
+                self,
+                new(1, torch.int32, self.num_slots),
+                new(1, torch.int32, self.num_slots)[0],
+            )
+            for name in self.layer_names
+        }
         self.scores = new(self.num_kv_heads, torch.float32, self.num_slots)
         self.logits = new(self.num_heads, torch.float32, self.num_slots)
-
-    def lists_of(self, layer_name: str) -> LayerLists:
-        """Return what is a layer's own."""
-        if layer_name not in self.layers:
-            both = torch.zeros(2, self.num_slots, dtype=torch.int32, device=self.device)
-            self.layers[layer_name] = LayerLists(self, both[:1], both[1])
-        return self.layers[layer_name]
 
     def fill(self, selections: Sequence[Selection], num_rows: int) -> torch.Tensor:
         """Put a step's selections where its launch reads them.
@@ -119,7 +122,7 @@ class GatheredRows:
         first_slot, list_start, num_core, scored, list_stop, num_chosen = (
             self.selections
         )
-        lists = buffers.lists_of(layer_name)
+        lists = buffers.layers[layer_name]
         queries = query if self.tokens is None else query[self.tokens]
         rows = output if self.tokens is None else torch.empty_like(queries)
         selected_attention(

@@ -79,6 +79,7 @@ class AVLTritonMetadataBuilder(TritonAttentionMetadataBuilder):
                 self.num_heads_kv,
                 self._max_num_seqs,
                 device,
+                layer_names,
             )
         self._table: torch.Tensor | None = None
         self._seq_lens = torch.zeros(
@@ -240,7 +241,7 @@ class AVLTritonImpl(TritonAttentionImpl):
     ) -> None:
         """Do a layer's tasks: by kernels what they can rank, else by policies."""
         index, buffers = extract_layer_index(layer_name), ours.buffers
-        lists = None if buffers is None else buffers.lists_of(layer_name)
+        lists = None if buffers is None else buffers.layers[layer_name]
         by_kernels = KernelLayer(index, cache, lists, RANKS)
         by_policies = Layer(index, cache, RANKS)
         for task in ours.tasks:
@@ -259,7 +260,7 @@ class AVLTritonImpl(TritonAttentionImpl):
         plain = kv_cache, self.head_size, self.scale, self.logits_soft_cap
         if buffers is None:
             return TritonCache(*plain)
-        lists = buffers.lists_of(layer.layer_name)
+        lists = buffers.layers[layer.layer_name]
         return TritonCache(*plain, lists.core_list, buffers.scores)
 
 
