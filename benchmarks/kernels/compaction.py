@@ -1,10 +1,10 @@
-"""What eviction costs beside the prefill: scores, compaction and exchange of rows.
+"""What eviction costs beside the prefill: scores, choices, and moves of rows.
 
-For one LLaVA prompt: the scores of its tokens by the last w rows, the move of the kept
-rows to the end of its blocks, and the exchange of the rows that leave and enter core in
-a refresh, each beside the prefill attention of the same prompt (FlashAttention where
-vLLM has it, otherwise torch's). Scores are checked against the oracle's error budget,
-moved rows bit by bit.
+For one LLaVA prompt: the scores of its tokens by the last w rows, the choice of what is
+stored and core, the move of the kept rows to the end of its blocks, and, of a refresh,
+the choice of a new core and the exchange of rows where core is packed. Each beside the
+prefill attention of the same prompt (FlashAttention where vLLM has it, otherwise
+torch's). Scores are checked against the oracle's error budget, the rest bit by bit.
 
   compaction.py              a prompt of LLaVA-1.5's size: needs a CUDA GPU
   compaction.py --quick      a few rounds on a GPU, no CSV row
@@ -23,7 +23,15 @@ from baselines import flash_function
 from paged import SHAPES, TINY, Heads, Pool
 from timing import num_copies
 from torch.nn.functional import scaled_dot_product_attention
-from vllm_avl.kernels.gpu import compact_blocks, exchange_rows, reference, vision_scores
+from vllm_avl.kernels.gpu import (
+    compact_blocks,
+    exchange_rows,
+    ranking,
+    reference,
+    select_core,
+    select_prompt,
+    vision_scores,
+)
 from ways import Bits, Check, Way, Workload, on_copies
 
 PREFILL = "prefill"
@@ -68,7 +76,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     benchmark = harness.Benchmark(
         name="compaction",
-        modules=(vision_scores, compact_blocks, exchange_rows),
+        modules=(
+            *(vision_scores, ranking, select_prompt, select_core),
+            *(compact_blocks, exchange_rows),
+        ),
         baselines=(PREFILL,),
         build=build,
     )
@@ -104,7 +115,9 @@ def build(case: Case, device: torch.device) -> Workload:
     pool = Pool.random(heads, case.block_size, case.tokens, copies, query)
     workload = Workload([prefill(case, query)])
     workload.ways += [score(case, pool, query, window) for window in case.windows]
+    workload.ways.append(choose_of_prompt(case, pool))
     workload.ways.append(compact(case, pool))
+    workload.ways.append(choose_core(case, pool))
     workload.ways.append(exchange(case, pool, num_rows, moved))
     return workload
 
@@ -187,6 +200,114 @@ def score(case: Case, pool: Pool, query: torch.Tensor, window: int) -> Way:
         num_bytes=case.tokens * case.row_bytes + last.nbytes + scores,
         checks=[
             Check(f"vision_scores, w={window}", lambda: call(blocks), exact, eager)
+        ],
+        required=True,
+    )
+
+
+class Choices:
+    """What is stored and core of a prompt all of whose tokens compete."""
+
+    def __init__(self, case: Case, pool: Pool) -> None:
+        size, self.pool, self.size = case.block_size, pool, case.block_size
+        self.device, self.num_heads = pool.tables.device, case.heads.num_kv_heads
+        self.num_slots = case.tokens // size * size
+        num_freed = int((1 - case.store) * self.num_slots) // size
+        self.start = num_freed * size
+        self.num_core = harness.share(case.core, self.num_slots)
+        # Whole numbers: heads are added in any order.
+        scores = torch.randint(0, 1 << 16, (self.num_heads, pool.num_rows))
+        self.scores = scores.float().to(self.device)
+
+    def buffers(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return row tokens and the list, before anything is chosen."""
+        new = torch.zeros(2, self.pool.num_rows, dtype=torch.int32, device=device)
+        return new[0], new[1]
+
+    def of_prompt(
+        self, choose: Callable, blocks: torch.Tensor, buffers: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Choose on the device of `blocks`; return the slots that move."""
+        scores = self.scores[0, : self.num_slots].to(blocks.device)
+        competes = torch.ones_like(scores, dtype=torch.bool)
+        budget = self.start, self.num_slots - self.start, self.num_core
+        return choose(scores, competes, blocks, self.size, *budget, *buffers)[0]
+
+    def of_core(
+        self,
+        choose: Callable,
+        scores: torch.Tensor,
+        blocks: torch.Tensor,
+        buffers: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """Choose a new core on the device of `blocks`; return what entered."""
+        entered = blocks.new_zeros(1)
+        sizes = (self.start, self.num_slots, self.num_core)
+        ends = (blocks.new_full((1,), size) for size in sizes)
+        choose(scores, *buffers, entered, blocks.unsqueeze(0), self.size, *ends)
+        return entered
+
+    def result_of_prompt(self, choose: Callable, device: str) -> torch.Tensor:
+        """Everything that is written, on the CPU."""
+        buffers = self.buffers(device)
+        source = self.of_prompt(choose, self.pool.tables[0, 0].to(device), buffers)
+        return torch.cat([source, *buffers]).cpu()
+
+    def result_of_core(self, choose: Callable, device: str) -> torch.Tensor:
+        """Everything that is written, on the CPU."""
+        blocks = self.pool.tables[0, 0]
+        buffers = self.buffers("cpu")
+        self.of_prompt(reference.select_prompt, blocks.cpu(), buffers)
+        buffers = [buffer.to(device) for buffer in buffers]
+        scores = self.scores.flip(1).to(device, copy=True)
+        entered = self.of_core(choose, scores, blocks.to(device), buffers)
+        return torch.cat([entered, *buffers]).cpu()
+
+
+def choose_of_prompt(case: Case, pool: Pool) -> Way:
+    """Return the choice of what is stored, moved and listed."""
+    choices = Choices(case, pool)
+    buffers, ours = choices.buffers(choices.device), select_prompt.select_prompt
+    expected = choices.result_of_prompt(reference.select_prompt, "cpu")
+    return Way(
+        labels={"operation": "select_prompt", "way": f"{choices.num_slots} tokens"},
+        calls=on_copies(
+            lambda blocks: choices.of_prompt(ours, blocks, buffers), pool.tables[:, 0]
+        ),
+        # A score, a key, a token and an entry each.
+        num_bytes=4 * 4 * choices.num_slots,
+        checks=[
+            Bits(
+                "select_prompt",
+                lambda: choices.result_of_prompt(ours, choices.device.type),
+                expected,
+            )
+        ],
+        required=True,
+    )
+
+
+def choose_core(case: Case, pool: Pool) -> Way:
+    """Return the choice of a new core by one refresh."""
+    choices = Choices(case, pool)
+    buffers, ours = choices.buffers(choices.device), select_core.select_core
+    for blocks in pool.tables[:, 0]:
+        choices.of_prompt(select_prompt.select_prompt, blocks, buffers)
+    expected = choices.result_of_core(reference.select_core, "cpu")
+    num_stored = choices.num_slots - choices.start
+    return Way(
+        labels={"operation": "select_core", "way": f"{num_stored} stored"},
+        calls=on_copies(
+            lambda blocks: choices.of_core(ours, choices.scores, blocks, buffers),
+            pool.tables[:, 0],
+        ),
+        num_bytes=4 * (choices.num_heads + 3) * num_stored,
+        checks=[
+            Bits(
+                "select_core",
+                lambda: choices.result_of_core(ours, choices.device.type),
+                expected,
+            )
         ],
         required=True,
     )

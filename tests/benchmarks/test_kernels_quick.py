@@ -103,10 +103,12 @@ def check_rows(script, rows):
     else:
         assert [row["operation"] for row in rows][1:] == [
             "vision_scores",
+            "select_prompt",
             "compact_blocks",
+            "select_core",
             "exchange_rows",
         ]
-        assert [row["over_prefill"] for row in rows] == ["1", "2", "3", "4"]
+        assert [row["over_prefill"] for row in rows] == [*"123456"]
 
 
 def time_without_gpu(module, monkeypatch):
