@@ -63,7 +63,7 @@ def spec(executor, **llm):
 def check(report, expected):
     """Assert that a report on the stand-in is what is expected."""
     assert report["ran"]["worker"] == "vllm_avl.compat.worker.AVLWorker"
-    assert report["ran"]["backend"] == "vllm_avl.backend.triton.AVLTritonBackend"
+    assert report["ran"]["backend"] == "vllm_avl.backend.cuda_triton.AVLTritonBackend"
     assert report["tokens"] == expected["tokens"]
     for ours, theirs in zip(report["logprobs"], expected["logprobs"], strict=True):
         assert ours == pytest.approx(theirs, abs=BUDGET)

@@ -42,7 +42,7 @@ CPU = Device(
     ("bfloat16", "float32"),
 )
 CUDA = Device(
-    "vllm_avl.backend.triton.AVLTritonBackend",
+    "vllm_avl.backend.cuda_triton.AVLTritonBackend",
     "vllm_avl.compat.worker.AVLWorker",
     None,
     None,
