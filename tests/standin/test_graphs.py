@@ -2,7 +2,7 @@
 
 import pytest
 
-from standin.asks import BACKEND, answer_on_cpu, check, spec
+from standin.asks import BACKEND, FLASH, ON_FLASH, answer_on_cpu, check, spec
 from standin.process import GRAPHS, generate
 
 
@@ -21,4 +21,13 @@ def test_graphs_answer_as_the_cpu_does(model, expected, runner, executor):
     settings = GRAPHS | {"max_num_batched_tokens": 2048}
     report = generate(model, spec(executor, **settings), *options)
     check(report, expected)
+    assert report["graphs"]["replayed"] >= 4
+
+
+@pytest.mark.timeout(1200)
+def test_flash_attention_in_graphs_answers_as_the_cpu_does(model, expected):
+    settings = GRAPHS | {"max_num_batched_tokens": 2048}
+    options = ("--runner", "v2", *BACKEND)
+    report = generate(model, spec("pack", **settings), *options, **FLASH)
+    check(report, expected, ON_FLASH)
     assert report["graphs"]["replayed"] >= 4
