@@ -45,6 +45,7 @@ from vllm_avl.config import PRESETS, AVLConfig, parse_config, parse_overrides
         ({"text_decay": 2}, "text_decay = 2: must be a number in (0, 1]"),
         ({"head_reduction": "sum"}, "head_reduction = 'sum': must be mean or max"),
         ({"executor": "fast"}, "executor = 'fast': must be auto, pack or gather"),
+        ({"attention": "fa3"}, "attention = 'fa3': must be auto, flash or triton"),
         (
             {"refresh_all_ranks": "no"},
             "refresh_all_ranks = 'no': must be true or",

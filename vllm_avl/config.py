@@ -128,6 +128,11 @@ class AVLConfig(BaseModel):
         description="how core is read: from blocks of its own (pack), through a list "
         "inside the attention kernel (gather), or what is faster (auto)",
     )
+    attention: Literal["auto", "flash", "triton"] = Field(
+        "auto",
+        description="on CUDA, which of vLLM's attentions reads what is stored: "
+        "FlashAttention (flash), Triton's (triton), or what vLLM chooses (auto)",
+    )
     engage: Literal["always", "pressure"] = Field(
         "always",
         description="which requests are adapted: all, or those that arrive while "
@@ -319,6 +324,7 @@ ALLOWED = {
     "text_decay": RATIO,
     "head_reduction": "mean or max",
     "executor": "auto, pack or gather",
+    "attention": "auto, flash or triton",
     "engage": "always or pressure",
     "engage_pool_use": RATIO,
     "release_pool_use": f"{RATIO}, at most engage_pool_use",

@@ -103,6 +103,24 @@ def check_executor(executor: str, dtype: str, gathered: Collection[str] | None) 
         )
 
 
+def check_base(attention: str, is_cuda: bool) -> None:
+    """Refuse a choice of attention where there is none."""
+    if attention != "auto" and not is_cuda:
+        raise UnsupportedError(
+            f"{BACKEND} has additional_config.avl.attention = {attention!r} on CUDA "
+            f"devices only; leave it out, {WAY_OUT}"
+        )
+
+
+def refuse_flash(reasons: Sequence[str]) -> NoReturn:
+    """Refuse FlashAttention, which was asked for, for vLLM's reasons."""
+    raise UnsupportedError(
+        f"{BACKEND} cannot have additional_config.avl.attention = 'flash': FLASH_ATTN "
+        f"does not serve this model on this device ({', '.join(reasons)}); leave it "
+        f"out, {WAY_OUT}"
+    )
+
+
 def check_config(vllm_config: Any, avl_config: AVLConfig) -> None:
     """Refuse settings that cannot be combined with adaptive attention."""
     for refusal in REFUSALS:

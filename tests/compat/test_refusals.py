@@ -65,6 +65,10 @@ def start(checkpoints, **options):
             {"additional_config": {"avl": {"vision_stored": 1}}},
             "additional_config.avl.vision_stored: unknown setting",
         ),
+        (
+            {"additional_config": {"avl": {"attention": "flash"}}},
+            "has additional_config.avl.attention = 'flash' on CUDA devices only; leave",
+        ),
     ],
     ids=lambda value: None if isinstance(value, str) else next(iter(value)),
 )

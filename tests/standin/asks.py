@@ -54,16 +54,23 @@ def answer_on_cpu(model):
     return report
 
 
-def spec(executor, **llm):
-    """`SPEC` with core read by `executor`."""
-    config = {"avl": {"vision_store_ratio": 0.5, "executor": executor}}
+FLASH = {"STANDIN_FLASH": "1"}
+"""Environment of a stand-in with FlashAttention."""
+ON_TRITON = "vllm_avl.backend.cuda_triton.AVLTritonBackend"
+ON_FLASH = "vllm_avl.backend.cuda_flash.AVLFlashBackend"
+
+
+def spec(executor, attention="auto", **llm):
+    """`SPEC` with core read by `executor`, over an attention of vLLM's."""
+    settings = {"executor": executor, "attention": attention}
+    config = {"avl": {"vision_store_ratio": 0.5} | settings}
     return SPEC | {"llm": SPEC["llm"] | {"additional_config": config} | llm}
 
 
-def check(report, expected):
+def check(report, expected, backend=ON_TRITON):
     """Assert that a report on the stand-in is what is expected."""
     assert report["ran"]["worker"] == "vllm_avl.compat.worker.AVLWorker"
-    assert report["ran"]["backend"] == "vllm_avl.backend.triton.AVLTritonBackend"
+    assert report["ran"]["backend"] == backend
     assert report["tokens"] == expected["tokens"]
     for ours, theirs in zip(report["logprobs"], expected["logprobs"], strict=True):
         assert ours == pytest.approx(theirs, abs=BUDGET)

@@ -8,6 +8,7 @@ that Python code and Triton kernels compute the right thing, nothing about speed
 or memory.
 
 Environment:
+    STANDIN_FLASH=1: there is FlashAttention too, in plain torch: see `flash`.
     STANDIN_COMPILE=1: interpret no kernel; compile each one launched for sm_90, with
         the arguments of the launch, and do not run it. Tokens are noise then; see
         `kernels.report`.
@@ -16,6 +17,7 @@ Environment:
 import os
 
 COMPILE_ONLY = os.environ.get("STANDIN_COMPILE", "") not in ("", "0")
+FLASH = os.environ.get("STANDIN_FLASH", "") not in ("", "0")
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: patches stay in it
@@ -38,13 +40,15 @@ def set_environment() -> None:
 def install() -> None:
     """Put the stand-in into this process; the order is that of the imports."""
     set_environment()
-    from standin import cuda, graphs, kernels, ops, platform, worker
+    from standin import cuda, flash, graphs, kernels, ops, platform, worker
 
     kernels.install(COMPILE_ONLY)
     cuda.install()
     graphs.install()
     platform.install()
     ops.install()
+    if FLASH:
+        flash.install()
     worker.install(COMPILE_ONLY)
 
 

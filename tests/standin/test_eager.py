@@ -2,7 +2,16 @@
 
 import pytest
 
-from standin.asks import AS_STOCK, BACKEND, SPEC, answer_on_cpu, check, spec
+from standin.asks import (
+    AS_STOCK,
+    BACKEND,
+    FLASH,
+    ON_FLASH,
+    SPEC,
+    answer_on_cpu,
+    check,
+    spec,
+)
 from standin.process import generate
 
 
@@ -18,6 +27,14 @@ def test_both_runners_answer_as_the_cpu_does(model, expected, runner, executor):
     report = generate(model, spec(executor), *options)
     check(report, expected)
     # In company and on one's own, cold and over one's own or another's prefix.
+    assert report["alone"] == report["tokens"]
+
+
+@pytest.mark.timeout(1200)
+def test_flash_attention_answers_as_the_cpu_does(model, expected):
+    options = ("--runner", "v1", "--alone", *BACKEND)
+    report = generate(model, spec("pack", "flash"), *options, **FLASH)
+    check(report, expected, ON_FLASH)
     assert report["alone"] == report["tokens"]
 
 

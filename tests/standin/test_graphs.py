@@ -2,7 +2,15 @@
 
 import pytest
 
-from standin.asks import BACKEND, SPEC, answer_on_cpu, check, spec
+from standin.asks import (
+    BACKEND,
+    FLASH,
+    ON_FLASH,
+    SPEC,
+    answer_on_cpu,
+    check,
+    spec,
+)
 from standin.process import GRAPHS, generate
 
 
@@ -43,3 +51,12 @@ def test_a_refresh_is_part_of_the_graph(model, expected):
     check(report, answers)
     num_steps = max(map(len, report["tokens"])) - 1
     assert report["graphs"]["replayed"] == num_steps
+
+
+@pytest.mark.timeout(1200)
+def test_flash_attention_in_graphs_answers_as_the_cpu_does(model, expected):
+    settings = GRAPHS | {"max_num_batched_tokens": 2048}
+    options = ("--runner", "v2", *BACKEND)
+    report = generate(model, spec("pack", **settings), *options, **FLASH)
+    check(report, expected, ON_FLASH)
+    assert report["graphs"]["replayed"] >= 4

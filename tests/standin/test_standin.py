@@ -15,6 +15,7 @@ SPEC = {
 }
 V2 = "vllm.v1.worker.gpu.model_runner.GPUModelRunner"
 V1 = "vllm.v1.worker.gpu_model_runner.GPUModelRunner"
+FLASH = "vllm.v1.attention.backends.flash_attn.FlashAttentionBackend"
 TRITON = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
 
 
@@ -38,6 +39,14 @@ def test_cuda_path_gives_the_tokens_of_the_cpu_build(
     }
     assert report["tokens"] == expected
     assert report["plugin_loaded"]
+
+
+def test_flash_attention_gives_the_tokens_of_the_cpu_build(model, expected):
+    options = ("--runner", "v2", "--backend", "FLASH_ATTN")
+    report = generate(model, SPEC | {"llm": GRAPHS}, *options, STANDIN_FLASH="1")
+    assert report["ran"]["backend"] == FLASH
+    assert report["tokens"] == expected
+    assert report["graphs"]["replayed"] >= 5
 
 
 def test_graphs_give_the_tokens_of_the_cpu_build(model, expected):

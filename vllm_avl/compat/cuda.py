@@ -6,11 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilder
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_avl.backend.step import current_step
+from vllm_avl.compat import platform
 from vllm_avl.compat.seam import Patch, Seam
 
 
@@ -47,6 +49,8 @@ def dispatch_as_mixed(original: Callable[..., Any]) -> Callable[..., Any]:
     return _determine_batch_execution_and_padding
 
 
+# FlashAttention's builder is the same seam, but is not imported before it is chosen:
+# its module reads the server's configuration.
 SEAMS = (
     Seam(
         TritonAttentionMetadataBuilder,
@@ -54,9 +58,23 @@ SEAMS = (
         ("self", "common_prefix_len", "common_attn_metadata", "fast_build"),
         "what a step reads",
     ),
+    Seam(
+        type(current_platform),
+        "get_valid_backends",
+        ("device_capability", "attn_selector_config", "num_heads"),
+        "what stock would choose",
+    ),
 )
 
 PATCHES = (
+    Patch(
+        type(current_platform),
+        "get_attn_backend_cls",
+        ("selected_backend", "attn_selector_config", "num_heads"),
+        "a back end cannot be over the one that stock would choose",
+        wrap=platform.choose_base,
+        until="a registered back end may depend on the layer it is for",
+    ),
     Patch(
         GPUModelRunnerV2,
         "gather_batch_req_state",

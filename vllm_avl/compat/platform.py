@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_avl.config import parse_config
 from vllm_avl.support import (
     check_attention,
+    check_base,
     check_config,
     check_executor,
     check_unclaimed,
+    refuse_flash,
     refuse_platform,
 )
 
@@ -41,8 +45,14 @@ CPU = Device(
     32,
     ("bfloat16", "float32"),
 )
+FLASH, TRITON = AttentionBackendEnum.FLASH_ATTN, AttentionBackendEnum.TRITON_ATTN
+OVER = {
+    FLASH: "vllm_avl.backend.cuda_flash.AVLFlashBackend",
+    TRITON: "vllm_avl.backend.cuda_triton.AVLTritonBackend",
+}
+"""Ours on CUDA, by the back end of vLLM's that it is over."""
 CUDA = Device(
-    "vllm_avl.backend.triton.AVLTritonBackend",
+    OVER[TRITON],
     "vllm_avl.compat.worker.AVLWorker",
     None,
     None,
@@ -87,6 +97,51 @@ def choose_backend(original: Callable[..., str]) -> classmethod:
     return classmethod(get_attn_backend_cls)
 
 
+def choose_base(original: Callable[..., str]) -> classmethod:
+    """Wrap CUDA's `get_attn_backend_cls`: before it, say what ours is over."""
+
+    @functools.wraps(original)
+    def get_attn_backend_cls(
+        cls: Any,
+        selected_backend: Any,
+        attn_selector_config: Any,
+        num_heads: int | None = None,
+    ) -> str:
+        if selected_backend is not None and selected_backend.name == NAME:
+            avl_config = parse_config(get_current_vllm_config().additional_config)
+            capability = cls.get_device_capability()
+            backends = cls.get_valid_backends(
+                capability, attn_selector_config, num_heads
+            )
+            base = find_base(avl_config.attention, *backends)
+            logging.getLogger("vllm.avl").info("Attention over %s.", base.name)
+            register_backend(selected_backend, OVER[base])
+        return original(selected_backend, attn_selector_config, num_heads)
+
+    return classmethod(get_attn_backend_cls)
+
+
+def find_base(
+    attention: str, valid: Iterable[Any], invalid: Mapping[Any, tuple[int, list[str]]]
+) -> AttentionBackendEnum:
+    """Return the back end of vLLM's that ours is over.
+
+    Args:
+        attention: of the configuration.
+        valid: what stock may choose, what it prefers first.
+        invalid: priorities, and the reasons against what it may not.
+    """
+    if attention == "triton":
+        return TRITON
+    usable = [candidate.backend for candidate in valid if candidate.backend in OVER]
+    if attention == "flash":
+        if FLASH not in usable:
+            refuse_flash(invalid[FLASH][1])
+        return FLASH
+    # Where neither is, vLLM refuses ours with the reasons.
+    return usable[0] if usable else TRITON
+
+
 def update_config(original: Callable[..., None]) -> classmethod:
     """Wrap `check_and_update_config`: take our places, or refuse."""
 
@@ -99,6 +154,7 @@ def update_config(original: Callable[..., None]) -> classmethod:
         if ours is None:
             refuse_platform(current_platform.device_name)
         avl_config = parse_config(vllm_config.additional_config)
+        check_base(avl_config.attention, current_platform.is_cuda())
         dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
         check_executor(avl_config.executor, dtype, ours.gathered)
         scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config

@@ -95,3 +95,13 @@ def test_scores_one_bit_apart_are_told_apart():
     bits = torch.full((256,), 0x3B000000) + torch.randperm(256)
     scores = bits.to(torch.int32).view(torch.float32)
     assert_equals_reference((scores, competes, blocks), 16, 128, 64)
+
+
+def test_of_two_equals_at_the_border_the_first_stays():
+    scores, competes, blocks = prompt(96, 0, 16)
+    scores = torch.arange(96).float()
+    scores[[20, 70]] = 47.0
+    scores[47] = 0.0
+    # 48 stay: 47 are above 47.0, so one of slots 20 and 70 is the last of them.
+    source, _, _, _ = assert_equals_reference((scores, competes, blocks), 16, 48, 16)
+    assert [slot for slot in source if slot >= 0] == [20]

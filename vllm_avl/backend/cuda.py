@@ -1,4 +1,8 @@
-"""The attention back end `avl` on CUDA: vLLM's Triton attention over what is stored."""
+"""The attention back end `avl` on CUDA: attention of vLLM's over what is stored.
+
+These are the parts that do not depend on whose attention it is; `cuda_triton` and
+`cuda_flash` put them in front of vLLM's classes.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,12 @@ import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
+    AttentionBackend,
     AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
-)
-from vllm.v1.attention.backends.triton_attn import (
-    TritonAttentionBackend,
-    TritonAttentionImpl,
-    TritonAttentionMetadata,
-    TritonAttentionMetadataBuilder,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
@@ -35,10 +36,11 @@ from vllm_avl.metrics.definitions import key
 from vllm_avl.support import check_layer, check_layer_names, check_spec
 
 
-@dataclass
-class AVLTritonMetadata(TritonAttentionMetadata):
-    """Metadata over what is read, and who has work after this step's attention."""
+@dataclass(kw_only=True)
+class CUDAMetadata:
+    """Beside vLLM's metadata over what is read: who has work after the attention."""
 
+    num_actual_tokens: int
     tasks: list[Task] = field(default_factory=list)
     gathered: GatheredRows | None = None
     """Rows that our kernel attends."""
@@ -46,12 +48,18 @@ class AVLTritonMetadata(TritonAttentionMetadata):
     """Of lists of core; None where core is packed."""
 
 
-class AVLTritonMetadataBuilder(TritonAttentionMetadataBuilder):
+class CUDAMetadataBuilder(AttentionMetadataBuilder[Any]):
     """Builds the metadata of a step over what each request has stored.
 
     A full CUDA graph reads the tables it was captured with, so those of decode steps
     lie in buffers of ours that every such step fills, adaptive or not.
     """
+
+    metadata_cls: ClassVar[type]
+    """vLLM's metadata and `CUDAMetadata`."""
+    block_size: int
+    num_heads_q: int
+    num_heads_kv: int
 
     # A mixed batch may end a prompt, which is work for Python.
     _cudagraph_support: ClassVar[AttentionCGSupport] = (
@@ -68,6 +76,8 @@ class AVLTritonMetadataBuilder(TritonAttentionMetadataBuilder):
         check_spec(kv_cache_spec, AVLSpec)
         check_layer_names(layer_names, extract_layer_index)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        modes = vllm_config.compilation_config.cudagraph_mode
+        self._has_full_graphs = modes.has_full_cudagraphs()
         self._max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         self._gather: GatherBuffers | None = None
         if parse_config(vllm_config.additional_config).lists_core:
@@ -91,14 +101,14 @@ class AVLTritonMetadataBuilder(TritonAttentionMetadataBuilder):
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-    ) -> TritonAttentionMetadata:
+    ) -> Any:
         """Build the metadata; tables of decode steps go where graphs read them."""
         common = common_attn_metadata
         step = current_step()
         view = None
         if step is not None and step.turns:
             view = step.view(common, self.block_size, fuses_scores=False)
-        in_graph = self.decode_cudagraph_enabled and common.max_query_len == 1
+        in_graph = self._has_full_graphs and common.max_query_len == 1
         if view is None and not in_graph:
             return super().build(common_prefix_len, common, fast_build)
         if view is None:
@@ -110,7 +120,7 @@ class AVLTritonMetadataBuilder(TritonAttentionMetadataBuilder):
         if gathered is None or gathered.tokens is not None:
             common = self._shift(common, view.first_blocks, keep=in_graph)
         metadata = super().build(common_prefix_len, common, fast_build)
-        return AVLTritonMetadata(
+        return self.metadata_cls(
             **vars(metadata),
             tasks=view.tasks,
             gathered=gathered,
@@ -170,8 +180,14 @@ class AVLTritonMetadataBuilder(TritonAttentionMetadataBuilder):
         return self._table[:num_reqs], self._seq_lens[:num_reqs]
 
 
-class AVLTritonImpl(TritonAttentionImpl):
-    """vLLM's Triton attention, then selection and eviction where they are due."""
+class CUDAImpl(AttentionImpl[Any]):
+    """vLLM's attention, then selection and eviction where they are due."""
+
+    sliding_window: tuple[int, int]
+    alibi_slopes: torch.Tensor | None
+    sinks: torch.Tensor | None
+    kv_sharing_target_layer_name: str | None
+    logits_soft_cap: float
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -193,13 +209,13 @@ class AVLTritonImpl(TritonAttentionImpl):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: TritonAttentionMetadata,
+        attn_metadata: Any,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend as stock does over the metadata's blocks, then perform the tasks."""
-        ours = attn_metadata if isinstance(attn_metadata, AVLTritonMetadata) else None
+        ours = attn_metadata if isinstance(attn_metadata, CUDAMetadata) else None
         gathered = None if ours is None else ours.gathered
         if gathered is None or gathered.tokens is not None:
             super().forward(
@@ -235,7 +251,7 @@ class AVLTritonImpl(TritonAttentionImpl):
         self,
         layer_name: str,
         cache: TritonCache,
-        ours: AVLTritonMetadata,
+        ours: CUDAMetadata,
         query: torch.Tensor,
         output: torch.Tensor,
     ) -> None:
@@ -264,8 +280,8 @@ class AVLTritonImpl(TritonAttentionImpl):
         return TritonCache(*plain, lists.core_list, buffers.scores)
 
 
-class AVLTritonBackend(TritonAttentionBackend):
-    """TRITON_ATTN that stores and reads what matters."""
+class CUDABackend(AttentionBackend):
+    """A back end of vLLM's that stores and reads what matters."""
 
     supported_kv_cache_dtypes: ClassVar[list] = ["auto", "float16", "bfloat16"]
 
@@ -273,16 +289,6 @@ class AVLTritonBackend(TritonAttentionBackend):
     def get_name() -> str:
         """Return the name vLLM registered us under."""
         return "AVL"
-
-    @staticmethod
-    def get_impl_cls() -> type[AVLTritonImpl]:
-        """Return the layers' implementation."""
-        return AVLTritonImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[AVLTritonMetadataBuilder]:
-        """Return the metadata builder."""
-        return AVLTritonMetadataBuilder
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:

@@ -1,0 +1,27 @@
+"""What the back ends on CUDA say of themselves, whatever they are over."""
+
+import pytest
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backend import AttentionCGSupport
+
+from vllm_avl.compat.platform import OVER
+
+
+@pytest.mark.parametrize("base", OVER, ids=lambda base: base.name)
+def test_ours_come_before_vllms(base):
+    backend, theirs = resolve_obj_by_qualname(OVER[base]), base.get_class()
+    assert ".".join(backend.full_cls_name()) == OVER[base]
+    assert backend.get_name() == "AVL"
+    assert issubclass(backend, theirs)
+    assert issubclass(backend.get_impl_cls(), theirs.get_impl_cls())
+    builder = backend.get_builder_cls()
+    assert issubclass(builder, theirs.get_builder_cls())
+    # A step with work for Python may be any mixed batch.
+    support = builder.get_cudagraph_support(None, None)
+    assert support is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    assert not builder.supports_update_block_table
+    for refused in ("sink", "rswa", "sliding_window", "mm_prefix"):
+        assert not getattr(backend, f"supports_{refused}")()
+    assert not backend.supports_kv_cache_dtype("fp8")
+    assert backend.supports_attn_type("decoder")
+    assert not backend.supports_attn_type("encoder_only")
