@@ -51,7 +51,10 @@ def _move_rows(
         tl.store(cache_ptr + new[:, None] + column, moving, mask=moved)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_moves"],
+    do_not_specialize_on_alignment=["blocks_ptr"],
+)
 def _compact_blocks_kernel(
     key_ptr,  # [num_blocks, num_kv_heads, block_size, head_size]
     value_ptr,  # [num_blocks, num_kv_heads, block_size, head_size]

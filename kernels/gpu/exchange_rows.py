@@ -35,7 +35,10 @@ def _exchange(cache_ptr, first, second, live):
     tl.store(cache_ptr + second, one, mask=live)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_pairs"],
+    do_not_specialize_on_alignment=["blocks_ptr"],
+)
 def _exchange_rows_kernel(
     key_ptr,  # [num_blocks, num_kv_heads, block_size, head_size]
     value_ptr,  # [num_blocks, num_kv_heads, block_size, head_size]

@@ -17,7 +17,7 @@ from vllm_avl.kernels.gpu.ranking import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["block_table_ptr"])
 def _select_core_kernel(
     scores_ptr,  # [num_heads, num_blocks * block_size] fp32
     keys_ptr,  # the first row of scores as int32

@@ -17,7 +17,10 @@ from vllm_avl.kernels.gpu.ranking import (
 )
 
 
-@triton.jit(do_not_specialize=["num_stored", "num_core", "num_moves"])
+@triton.jit(
+    do_not_specialize=["num_stored", "num_core", "num_moves"],
+    do_not_specialize_on_alignment=["blocks_ptr"],
+)
 def _select_prompt_kernel(
     source_ptr,  # [num_moves]
     target_ptr,  # [num_moves]

@@ -93,7 +93,10 @@ def _logits(
     return tl.where(seen, logits * LOG2_E, float("-inf"))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_rows", "num_tokens", "num_splits"],
+    do_not_specialize_on_alignment=["blocks_ptr"],
+)
 def _sum_rows_kernel(
     maximum_ptr,  # [num_kv_heads, num_splits, num_packed]
     total_ptr,  # [num_kv_heads, num_splits, num_packed]
@@ -191,7 +194,10 @@ def _combine_splits(
     return maximum, tl.sum(totals * tl.exp2(maxima - maximum[None, :]), 0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_rows", "num_tokens", "num_splits"],
+    do_not_specialize_on_alignment=["blocks_ptr"],
+)
 def _add_probabilities_kernel(
     scores_ptr,  # [num_heads, stride_head]
     maximum_ptr,  # [num_kv_heads, num_splits, num_packed]

@@ -71,7 +71,15 @@ def compile_launches(launches: Sequence[tuple[Launch, int]]) -> list[list[Machin
             return list(pool.map(_compile_launch, *zip(*launches, strict=True)))
 
 
-def _compile_launch(launch: Launch, arch: int) -> list[Machine]:
+def variants(launch: Launch) -> set[str]:
+    """Name what a launcher would have compiled; equal names are compiled once."""
+    return {
+        " ".join([call[0].__name__, *map(str, _specialise(*call))])
+        for call in _calls(launch)
+    }
+
+
+def _calls(launch: Launch) -> list[tuple[JITFunction, tuple, dict]]:
     calls: list[tuple[JITFunction, tuple, dict]] = []
 
     def note(kernel: JITFunction, *args: Any, **kwargs: Any) -> None:
@@ -79,13 +87,24 @@ def _compile_launch(launch: Launch, arch: int) -> list[Machine]:
 
     with patch.object(JITFunction, "run", note):
         launch()
+    return calls
+
+
+def _compile_launch(launch: Launch, arch: int) -> list[Machine]:
     target = GPUTarget("cuda", arch, 32)
-    return [_compile(kernel, args, kwargs, target) for kernel, args, kwargs in calls]
+    machines = []
+    for kernel, args, kwargs in _calls(launch):
+        *specialised, options = _specialise(kernel, args, kwargs)
+        source = ASTSource(kernel, *specialised)
+        compiled = triton.compile(source, target=target, options=options)
+        machines.append(_read(kernel.__name__, target.arch, compiled))
+    return machines
 
 
-def _compile(
-    kernel: JITFunction, args: tuple, kwargs: dict[str, Any], target: GPUTarget
-) -> Machine:
+def _specialise(
+    kernel: JITFunction, args: tuple, kwargs: dict[str, Any]
+) -> tuple[dict, dict, dict, dict]:
+    """Return signature, constants, attributes and options of a launch's variant."""
     names = ("num_warps", "num_stages", "maxnreg")
     options = {name: kwargs[name] for name in names if name in kwargs}
     given = {name: kwargs[name] for name in kwargs if name in kernel.arg_names}
@@ -93,24 +112,24 @@ def _compile(
     bound.apply_defaults()
     signature, constants, attributes = {}, {}, {}
     for place, (name, value) in enumerate(bound.arguments.items()):
-        constant = kernel.params[place].is_constexpr
-        signature[name] = "constexpr" if constant else _type(value)
+        param = kernel.params[place]
+        by_value = not param.do_not_specialize
+        by_alignment = by_value and not param.do_not_specialize_on_alignment
+        signature[name] = "constexpr" if param.is_constexpr else _type(value, by_value)
         if signature[name] == "constexpr":
             constants[(place,)] = value
-        elif _is_aligned(value):
+        elif by_alignment and _is_aligned(value):
             attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=target, options=options)
-    return _read(kernel.__name__, target.arch, compiled)
+    return signature, constants, attributes, options
 
 
-def _type(value: Any) -> str:
+def _type(value: Any, by_value: bool) -> str:
     """How a launch at run time would specialise an argument."""
     if isinstance(value, torch.Tensor):
         return "*" + canonicalize_dtype(value.dtype)
     if isinstance(value, float):
         return "fp32"
-    if value is None or value == 1:
+    if value is None or (by_value and value == 1):
         return "constexpr"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 

@@ -14,7 +14,7 @@ from vllm_avl.kernels.gpu.select_rows_matmul import (
 )
 from vllm_avl.kernels.gpu.vision_scores import vision_scores
 
-from vllm_avl.testing.compiled import compile_launches
+from vllm_avl.testing.compiled import compile_launches, variants
 
 # Shared memory that a program may have on the smallest GPUs of these generations.
 SHARED = 99 * 1024
@@ -23,6 +23,11 @@ ARCHES = [80, 90, 100]
 
 def empty(*shape, dtype=torch.int32):
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def blocks_of(num_blocks, row=0):
+    """Blocks of a request, in a row of a table that is not a multiple of 16 wide."""
+    return empty(1000)[131 * row :][:num_blocks]
 
 
 def caches(num_kv_heads, head_size, dtype):
@@ -166,3 +171,28 @@ def kind_of(instruction):
     if ".128" in instruction and "STG" in instruction:
         return "S"
     return ""
+
+
+def serve(num_tokens, num_rows, row, num_text, num_core):
+    """What the end of a prompt launches; then a refresh of it."""
+    keys, values = caches(4, 128, BF16)
+    blocks, start = blocks_of(-(-num_tokens // 16), row), num_tokens // 32 * 16
+    query = empty(num_rows, 28, 128, dtype=BF16)
+    vision_scores(query, keys, blocks, num_tokens, 0.1)
+    num_slots = num_tokens // 16 * 16
+    given = empty(num_slots, dtype=FP32), empty(num_slots, dtype=torch.bool), blocks
+    buffers = [empty(4096), empty(4096)]
+    num_stored = num_slots - num_text - start
+    moves = select_prompt(*given, 16, start, num_stored, num_core, *buffers)
+    compact_blocks(keys, values, blocks, *moves)
+    ends = [empty(1)] * 3
+    scores = empty(1, 4096, dtype=FP32)
+    select_core(scores, *buffers, empty(1), blocks.unsqueeze(0), 16, *ends)
+
+
+def test_another_prompt_compiles_nothing_anew():
+    """A first launch of a variant stops the server for as long as it compiles."""
+    first = variants(partial(serve, 1333, 17, 0, 40, 1))
+    for prompt in [(1344, 19, 1, 1, 16), (1201, 30, 2, 16, 77), (1329, 17, 3, 33, 160)]:
+        assert variants(partial(serve, *prompt)) == first
+    assert len(first) == 5
