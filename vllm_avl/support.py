@@ -87,6 +87,14 @@ def refuse_platform(name: str) -> NoReturn:
     )
 
 
+def refuse_vllm(problems: Sequence[str]) -> NoReturn:
+    """Refuse a vLLM whose functions are not those that we build on."""
+    raise UnsupportedError(
+        f"{BACKEND} does not fit this vLLM: {'; '.join(problems)}; install a supported "
+        f"vLLM, {WAY_OUT}"
+    )
+
+
 def check_executor(executor: str, dtype: str, gathered: Collection[str] | None) -> None:
     """Refuse a way to read core that the device's back end does not have.
 

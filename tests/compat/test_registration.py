@@ -10,9 +10,10 @@ from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_avl.compat import patches, platform, registry, versions
+from vllm_avl.compat import patches, platform, registry, versions, worker_patches
 from vllm_avl.compat.seam import Patch, Seam
 from vllm_avl.plugin import register
+from vllm_avl.support import UnsupportedError
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -36,6 +37,20 @@ def test_importing_the_package_imports_no_vllm():
 def test_leaves_know_no_vllm():
     code = "import vllm_avl.kernels, vllm_avl.kernels.reference, vllm_avl.plan, sys"
     assert run(f"{code}; print('vllm' in sys.modules)") == "False"
+
+
+def test_registering_imports_no_worker():
+    """Processes that configure or inspect may see no device that one could use."""
+    code = "import sys, vllm_avl.plugin as p; p.register()"
+    assert run(f"{code}; print('vllm.v1.worker.gpu_worker' in sys.modules)") == "False"
+
+
+def test_a_worker_refuses_a_vllm_that_does_not_fit(monkeypatch):
+    gone = Seam(object, "gone", (), "")
+    monkeypatch.setattr(worker_patches, "SEAMS", (gone,))
+    worker_patches.apply_all.cache_clear()
+    with pytest.raises(UnsupportedError, match=r"object.gone is gone; install a"):
+        worker_patches.apply_all()
 
 
 def test_registering_again_changes_nothing():
@@ -105,6 +120,7 @@ def test_inert_when_not_asked_for(checkpoints):
 
 def test_installed_vllm_fits():
     assert patches.mismatches() == []
+    assert worker_patches.mismatches() == []
     assert versions.mismatch() is None
 
 
@@ -119,7 +135,8 @@ def test_changed_and_missing_functions_are_found():
 
 
 def test_every_seam_says_why_and_every_patch_when_it_can_go():
-    for seam in (*patches.SEAMS, *patches.PATCHES):
+    ours = patches, worker_patches
+    for seam in (s for module in ours for s in (*module.SEAMS, *module.PATCHES)):
         assert seam.why
         if isinstance(seam, Patch):
             assert seam.until

@@ -1,4 +1,7 @@
-"""The places where vLLM has no extension point yet, on every platform."""
+"""The places where vLLM has no extension point yet, in every process.
+
+What only workers need is in `worker_patches`.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,9 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager
-from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_avl.compat import front_end, platform, responses, stats
-from vllm_avl.compat.seam import Patch, Seam
+from vllm_avl.compat.seam import Patch, Seam, mismatches_of
 
 SEAMS: tuple[Seam, ...] = (
     Seam(
@@ -77,24 +79,6 @@ SEAMS: tuple[Seam, ...] = (
         "the end of a request's blocks, by finish, abort or preemption",
     ),
     Seam(FullAttentionManager, "new_step_starts", ("self",), "settled blocks go first"),
-    Seam(
-        Worker,
-        "execute_model",
-        ("self", "scheduler_output"),
-        "the plans arrive",
-    ),
-    Seam(
-        Worker,
-        "sample_tokens",
-        ("self", "grammar_output"),
-        "what the step counted leaves",
-    ),
-    Seam(
-        Worker,
-        "initialize_from_config",
-        ("self", "kv_cache_config"),
-        "the final cache groups are known",
-    ),
 )
 
 PATCHES: tuple[Patch, ...] = (
@@ -192,8 +176,7 @@ elif current_platform.is_cuda():
 
 def mismatches() -> list[str]:
     """Where the installed vLLM is not the one this was written for."""
-    found = [seam.mismatch() for seam in (*SEAMS, *PATCHES)]
-    return [mismatch for mismatch in found if mismatch is not None]
+    return mismatches_of((*SEAMS, *PATCHES))
 
 
 def apply_all() -> None:

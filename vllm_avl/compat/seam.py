@@ -7,7 +7,7 @@ parameters it was written for, why it exists, and what would make it go.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,3 +43,9 @@ class Patch(Seam):
     def apply(self) -> None:
         """Wrap the function, whether it is a class method or a plain one."""
         setattr(self.owner, self.name, self.wrap(getattr(self.owner, self.name)))
+
+
+def mismatches_of(seams: Iterable[Seam]) -> list[str]:
+    """Say where the installed vLLM differs from what `seams` were written for."""
+    found = [seam.mismatch() for seam in seams]
+    return [mismatch for mismatch in found if mismatch is not None]

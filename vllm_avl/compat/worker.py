@@ -23,6 +23,7 @@ from vllm_avl.backend.introspection import (
 )
 from vllm_avl.backend.step import Step, WorkerRequests, executing
 from vllm_avl.cache.spec import AVLSpec
+from vllm_avl.compat import worker_patches
 from vllm_avl.compat.scheduler import received_plans
 from vllm_avl.compat.stats import attach_counts
 from vllm_avl.config import parse_config
@@ -34,6 +35,7 @@ class AVLWorker(Worker):
     """Keeps the plans that come with the steps, and opens a step around each pass."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        worker_patches.apply_all()
         super().__init__(*args, **kwargs)
         config = parse_config(self.vllm_config.additional_config)
         self._avl_requests = WorkerRequests(config.introspection)

@@ -1,0 +1,60 @@
+"""What a worker needs of vLLM, looked at where one starts and nowhere else.
+
+A process that configures or inspects may see no device, and could not import this.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from vllm.platforms import current_platform
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_avl.compat.seam import Patch, Seam, mismatches_of
+from vllm_avl.support import refuse_vllm
+
+SEAMS: tuple[Seam, ...] = (
+    Seam(
+        Worker,
+        "execute_model",
+        ("self", "scheduler_output"),
+        "the plans arrive",
+    ),
+    Seam(
+        Worker,
+        "sample_tokens",
+        ("self", "grammar_output"),
+        "what the step counted leaves",
+    ),
+    Seam(
+        Worker,
+        "initialize_from_config",
+        ("self", "kv_cache_config"),
+        "the final cache groups are known",
+    ),
+)
+PATCHES: tuple[Patch, ...] = ()
+
+if current_platform.is_cuda():
+    from vllm_avl.compat import cuda_runners
+
+    SEAMS, PATCHES = SEAMS + cuda_runners.SEAMS, PATCHES + cuda_runners.PATCHES
+
+
+def mismatches() -> list[str]:
+    """Where the installed vLLM is not the one this was written for."""
+    return mismatches_of((*SEAMS, *PATCHES))
+
+
+@functools.cache
+def apply_all() -> None:
+    """Apply every patch, once a process.
+
+    Raises:
+        UnsupportedError: vLLM's functions are others.
+    """
+    problems = mismatches()
+    if problems:
+        refuse_vllm(problems)
+    for patch in PATCHES:
+        patch.apply()
