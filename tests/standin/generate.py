@@ -5,11 +5,13 @@
 run in the folder tests, or with it on PYTHONPATH. SPEC.json (- for standard input) is
 
     {"requests": [{"images": [1], "text": "What?", "max_tokens": 4, "xargs": {}}],
-     "llm": {"max_num_seqs": 2}}
+     "llm": {"max_num_seqs": 2}, "orders": [[[0, 1], [0]]]}
 
 with every field optional: pictures are given by their seeds, "xargs" are the request's
-vllm_xargs and "llm" are arguments of `LLM`. The last line of the output is JSON: token
-ids of each request, log-probabilities with --logprobs, and what the stand-in counted.
+vllm_xargs and "llm" are arguments of `LLM`. Each of "orders" has batches of requests
+answered after each other, from an empty prefix cache. The last line of the output is
+JSON: token ids of each request, log-probabilities with --logprobs, and what the
+stand-in counted.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import argparse
 import json
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,8 @@ LLM_DEFAULTS = {
     "disable_log_stats": True,
     "seed": 0,
 }
+
+PACKAGES = ("vllm", "torch", "triton", "transformers", "numpy")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -76,7 +81,12 @@ def start(args: argparse.Namespace, options: dict[str, Any]) -> Any:
 
 
 def answer(llm: Any, requests: list[dict[str, Any]], logprobs: bool) -> list[Any]:
-    """Answer all requests in one batch."""
+    """Return the only answer to each request of a batch."""
+    return [output.outputs[0] for output in generate(llm, requests, logprobs)]
+
+
+def generate(llm: Any, requests: list[dict[str, Any]], logprobs: bool) -> list[Any]:
+    """Return vLLM's outputs for all requests in one batch."""
     from vllm import SamplingParams
 
     params = [
@@ -89,8 +99,23 @@ def answer(llm: Any, requests: list[dict[str, Any]], logprobs: bool) -> list[Any
         )
         for request in requests
     ]
-    outputs = llm.generate(list(map(prompt, requests)), params, use_tqdm=False)
-    return [output.outputs[0] for output in outputs]
+    return llm.generate(list(map(prompt, requests)), params, use_tqdm=False)
+
+
+def answer_in_order(
+    llm: Any, requests: list[dict[str, Any]], order: list[list[int]]
+) -> dict[str, Any]:
+    """Answer batches of requests after each other, from an empty prefix cache."""
+    assert llm.reset_prefix_cache()
+    outputs = [
+        output
+        for batch in order
+        for output in generate(llm, [requests[index] for index in batch], False)
+    ]
+    return {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "hits": [output.num_cached_tokens for output in outputs],
+    }
 
 
 def prompt(request: dict[str, Any]) -> dict[str, Any]:
@@ -129,6 +154,7 @@ def result(llm: Any, answers: list[Any], args: argparse.Namespace) -> dict[str, 
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     report = {
+        "versions": {name: version(name) for name in PACKAGES},
         "tokens": [list(one.token_ids) for one in answers],
         "ran": describe(llm),
         "plugin_loaded": "AVL" in AttentionBackendEnum.__members__,
@@ -169,6 +195,10 @@ def main(argv: list[str] | None = None) -> None:
             list(answer(llm, [request], False)[0].token_ids)
             for request in spec["requests"]
         ]
+    report["orders"] = [
+        answer_in_order(llm, spec["requests"], order)
+        for order in spec.get("orders", [])
+    ]
     check_blocks(llm)
     print(json.dumps(report), flush=True)
 

@@ -1,4 +1,7 @@
-"""The compiled operators: those of vLLM's CPU build, under the CUDA build's names."""
+"""The compiled operators: those of vLLM's CPU build, under the CUDA build's names.
+
+In vLLM's CUDA wheel, which has no bodies for a CPU, those of `torch_ops`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from standin import torch_ops
 
 QUESTIONS = (
     "cutlass_scaled_mm_supports_fp8",
@@ -23,6 +28,9 @@ def install() -> None:
 
     # rms_norm, rotary_embedding, silu_and_mul, ... have the same names and schemas.
     CpuPlatform.import_kernels()
+    if not hasattr(torch.ops._C, "rms_norm"):
+        for schema, body in torch_ops.OPERATORS.items():
+            define(schema, body)
     # CUDA graphs keep their outputs by this; here an alias will do.
     define("weak_ref_tensor(Tensor(a) tensor) -> Tensor(a)", lambda t: t.view_as(t))
     # vLLM asks for quantised kernels at import: there are none.

@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 
 EXTENSION = "vllm._C_stable_libtorch"
+ALLOCATOR = "vllm.cumem_allocator"
 
 
 def install() -> None:
@@ -20,6 +21,8 @@ def install() -> None:
         raise RuntimeError("vLLM has chosen its platform: import standin.hopper first")
     # The CUDA extension, which the CPU wheel has not: `ops` brings its operators.
     sys.modules.setdefault(EXTENSION, ModuleType(EXTENSION))
+    # The CUDA wheel has it, and it asks for a driver: missing, as in the CPU wheel.
+    sys.modules.setdefault(ALLOCATOR, None)
     platforms._current_platform = make_platform()
     # vLLM refuses Triton in a build whose version says "cpu".
     platforms.vllm_version_matches_substr = lambda substring: False

@@ -24,9 +24,13 @@ GRAPHS = {
 
 
 def generate(
-    model: Path, spec: dict[str, Any], *options: str, **environment: str
+    model: Path,
+    spec: dict[str, Any],
+    *options: str,
+    python: str = sys.executable,
+    **environment: str,
 ) -> dict[str, Any]:
-    """Answer `spec`, as `standin.generate` documents it; return its report."""
+    """Let `python` answer `spec`, see `standin.generate`; return its report."""
     inherited = {
         name: value
         for name, value in os.environ.items()
@@ -34,7 +38,7 @@ def generate(
     }
     inherited["PYTHONPATH"] = str(TESTS)
     done = subprocess.run(
-        [sys.executable, "-m", "standin.generate", str(model), "-", *options],
+        [python, "-m", "standin.generate", str(model), "-", *options],
         input=json.dumps(spec),
         env=inherited | environment,
         capture_output=True,
