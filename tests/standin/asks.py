@@ -37,6 +37,9 @@ SPEC = {
         "limit_mm_per_prompt": {"image": 3},
     },
 }
+ALL = {"vision_store_ratio": 1, "vision_core_ratio": 1, "text_keep_ratio": 1}
+# Requests 0 (adapted) and 1 (stock) ask the same about the same pictures.
+ORDERS = [[[0], [1]], [[1], [0]], [[0], [0]], [[1, 0]], [[0, 1], [1, 0]]]
 AS_STOCK = [1, 6, 7]
 """Requests that must be served as if we were not there."""
 BUDGET = 1e-4
@@ -74,3 +77,10 @@ def check(report, expected, backend=ON_TRITON):
     assert report["tokens"] == expected["tokens"]
     for ours, theirs in zip(report["logprobs"], expected["logprobs"], strict=True):
         assert ours == pytest.approx(theirs, abs=BUDGET)
+
+
+def check_orders(report, expected):
+    """Assert that a prefix somebody has left behind changes no answer."""
+    for order, answers in zip(ORDERS, report["orders"], strict=True):
+        indices = [index for batch in order for index in batch]
+        assert answers["tokens"] == [expected[index] for index in indices]

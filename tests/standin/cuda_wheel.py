@@ -17,14 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from standin import checkpoint
-from standin.asks import BACKEND, SPEC, answer_on_cpu, check, spec
+from standin.asks import (
+    ALL,
+    BACKEND,
+    ORDERS,
+    SPEC,
+    answer_on_cpu,
+    check,
+    check_orders,
+    spec,
+)
 from standin.process import GRAPHS, generate
 
 EAGER = (("v1", "pack"), ("v2", "gather"))
 IN_GRAPHS = (("v1", "gather"), ("v2", "pack"), ("v2", "gather"))
-ALL = {"vision_store_ratio": 1, "vision_core_ratio": 1, "text_keep_ratio": 1}
-# Requests 0 (adapted) and 1 (stock) ask the same about the same pictures.
-ORDERS = [[[0], [1]], [[1], [0]], [[0], [0]], [[1, 0]], [[0, 1], [1, 0]]]
 
 
 def like_the_cpu(
@@ -36,9 +42,7 @@ def like_the_cpu(
     report = generate(model, asked, *options, python=python)
     check(report, expected)
     assert report["alone"] == report["tokens"]
-    for order, answers in zip(ORDERS, report["orders"], strict=True):
-        indices = [index for batch in order for index in batch]
-        assert answers["tokens"] == [expected["tokens"][index] for index in indices]
+    check_orders(report, expected["tokens"])
     say(
         f"{runner} {executor}: {len(report['tokens'])} requests, {len(ORDERS)} orders",
         f"prefix hits {[order['hits'] for order in report['orders']]}",

@@ -1,4 +1,4 @@
-"""Answer requests in this process, on the stand-in or on vLLM's CPU build.
+"""Answer requests in this process: on the stand-in, on a GPU, or on vLLM's CPU build.
 
     python -m standin.generate MODEL SPEC.json --backend TRITON_ATTN --runner v2
 
@@ -50,6 +50,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backend", default="TRITON_ATTN")
     parser.add_argument("--runner", choices=("v1", "v2"), default="v2")
     parser.add_argument("--cpu", action="store_true", help="vLLM's CPU build as it is")
+    parser.add_argument("--gpu", action="store_true", help="a GPU, no stand-in")
     parser.add_argument("--logprobs", action="store_true")
     parser.add_argument(
         "--alone", action="store_true", help="answer each request again, on its own"
@@ -66,7 +67,8 @@ def set_up(args: argparse.Namespace) -> None:
         os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
         return
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(args.runner == "v2"))
-    from standin import hopper  # noqa: F401
+    if not args.gpu:
+        from standin import hopper  # noqa: F401
 
 
 def start(args: argparse.Namespace, options: dict[str, Any]) -> Any:
@@ -164,7 +166,7 @@ def result(llm: Any, answers: list[Any], args: argparse.Namespace) -> dict[str, 
             [next(iter(step.values())).logprob for step in one.logprobs]
             for one in answers
         ]
-    if not args.cpu:
+    if not args.cpu and not args.gpu:
         from standin import graphs, kernels
 
         report |= {"graphs": dict(graphs.counts), "kernels": kernels.report()}
