@@ -116,7 +116,8 @@ class CUDAMetadataBuilder(AttentionMetadataBuilder[Any]):
         gathered = None
         if self._gather is not None:
             gathered = gathered_rows(self._gather, common, view.turns)
-            self._count(step, view)
+            if step is not None:
+                self._count(step, view, self._gather.num_entered)
         if gathered is None or gathered.tokens is not None:
             common = self._shift(common, view.first_blocks, keep=in_graph)
         metadata = super().build(common_prefix_len, common, fast_build)
@@ -127,17 +128,13 @@ class CUDAMetadataBuilder(AttentionMetadataBuilder[Any]):
             buffers=self._gather,
         )
 
-    def _count(self, step: Step | None, view: StepView) -> None:
-        """Count what kernels will choose, and where they count what enters core."""
-        choosing = [turn for turn in view.turns if turn and turn.chooses_in_pass]
-        for turn in choosing:
-            num_selected = turn.state.plan.num_core_vision * len(self.layer_names)
-            turn.state.counts.count(key("core_rows_selected"), num_selected)
-        refresh = any(
-            task.scores and task.state.ranks_in_kernels for task in view.tasks
-        )
-        if step is not None and self._gather is not None and (choosing or refresh):
-            step.num_entered = self._gather.num_entered
+    def _count(self, step: Step, view: StepView, num_entered: torch.Tensor) -> None:
+        """Count what kernels will choose, and say where they count what enters core."""
+        for turn in view.turns:
+            if turn is not None and turn.scores and turn.state.ranks_in_kernels:
+                num_selected = turn.state.plan.num_core_vision * len(self.layer_names)
+                turn.state.counts.count(key("core_rows_selected"), num_selected)
+                step.num_entered = num_entered
 
     def _shift(
         self, common: CommonAttentionMetadata, first_blocks: list[int], keep: bool

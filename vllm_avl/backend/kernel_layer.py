@@ -18,7 +18,7 @@ from vllm_avl.backend.triton_cache import TritonCache
 from vllm_avl.kernels.gpu.compact_blocks import compact_blocks
 from vllm_avl.kernels.gpu.select_core import select_core
 from vllm_avl.kernels.gpu.select_prompt import select_prompt
-from vllm_avl.metrics.definitions import Stage, key
+from vllm_avl.metrics.definitions import Stage
 
 
 @dataclass(frozen=True)
@@ -110,4 +110,3 @@ class KernelLayer:
             *(task.block_ids.new_full((1,), n) for n in (start, plan.num_full_tokens)),
             task.block_ids.new_full((1,), num_core),
         )
-        task.state.counts.count(key("core_rows_selected"), plan.num_core_vision)
