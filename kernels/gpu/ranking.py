@@ -38,6 +38,17 @@ def cache_rows(blocks_ptr, slot, exists, block_size: tl.constexpr):
 
 
 @triton.jit
+def _slots(blocks_ptr, first, stop, block_size: tl.constexpr, block_n: tl.constexpr):
+    # Slots from first on, whether they exist, and where their keys lie.
+    slot = first + tl.arange(0, block_n)
+    exists = slot < stop
+    row = slot.to(tl.int64)
+    if blocks_ptr is not None:
+        row = cache_rows(blocks_ptr, slot, exists, block_size)
+    return slot, exists, row
+
+
+@triton.jit
 def _keys_at(
     keys_ptr, positions_ptr, row, slot, exists, tied_key, by_position: tl.constexpr
 ):
@@ -72,11 +83,7 @@ def _key_at_rank(
         trial = tl.where((digit << shift) < 0, HIGHEST + 1, found + (digit << shift))
         reached = tl.zeros([16], tl.int32)
         for first in range(first_slot, stop, block_n):
-            slot = first + tl.arange(0, block_n)
-            exists = slot < stop
-            row = slot.to(tl.int64)
-            if blocks_ptr is not None:
-                row = cache_rows(blocks_ptr, slot, exists, block_size)
+            slot, exists, row = _slots(blocks_ptr, first, stop, block_size, block_n)
             key = _keys_at(
                 keys_ptr, positions_ptr, row, slot, exists, tied_key, by_position
             )
@@ -112,11 +119,7 @@ def last_of_best(
     num_above = tl.zeros([], tl.int32)
     num_equal = tl.zeros([], tl.int32)
     for first in range(first_slot, stop, block_n):
-        slot = first + tl.arange(0, block_n)
-        exists = slot < stop
-        row = slot.to(tl.int64)
-        if blocks_ptr is not None:
-            row = cache_rows(blocks_ptr, slot, exists, block_size)
+        _, exists, row = _slots(blocks_ptr, first, stop, block_size, block_n)
         other = tl.load(keys_ptr + row, mask=exists, other=-1)
         num_above += count(other > key)
         num_equal += count(other == key)
