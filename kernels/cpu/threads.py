@@ -1,0 +1,146 @@
+"""Compiled loops on PyTorch's own OpenMP threads, and their cache on disk.
+
+Threads beside PyTorch's would compete with them, because they spin while they wait.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from llvmlite.binding import ffi
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
+from vllm_avl.kernels.cpu.vectors import ELEMENTS, LANES
+
+_openmp = ctypes.CDLL(None)
+_run = _openmp.GOMP_parallel
+_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+_run.restype = None
+# Names, not addresses: Numba keeps no function on disk that holds an address.
+for _name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
+    _address = ctypes.cast(getattr(_openmp, _name), ctypes.c_void_p).value
+    llvm.add_symbol(_name, _address)
+compiled = njit(error_model="numpy")
+"""Compile a function that loops call."""
+thread_index = types.ExternalFunction("omp_get_thread_num", types.int32())
+num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
+wait_for_all = types.ExternalFunction("GOMP_barrier", types.void())
+
+
+@compiled
+def share(size: int) -> tuple[int, int]:
+    """First of `size` items that this thread does, and first of the next thread."""
+    index, threads = np.int64(thread_index()), np.int64(num_threads())
+    return size * index // threads, size * (index + 1) // threads
+
+
+@intrinsic
+def _pointer(_context: Any, _address: Any, dtype: Any) -> Any:
+    pointer = types.CPointer(dtype.instance_type)
+
+    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        return builder.inttoptr(values[0], context.get_value_type(pointer))
+
+    return pointer(types.int64, dtype), generate
+
+
+@compiled
+def array_at(address: Any, dtype: Any, shape: Any) -> Any:
+    """The array at an address; `dtype` is a Numba type."""
+    return carray(_pointer(address, dtype), shape)
+
+
+@intrinsic
+def count_up(_context: Any, address: Any) -> Any:
+    """Add 1 to the int64 at an address, and return what it was; of all threads one."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        pointer = builder.inttoptr(values[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.IntType(64)(1), "acq_rel")
+
+    return types.int64(types.int64), generate
+
+
+@cache
+def _sources() -> str:
+    """A name for how all of this package's compiled loops read."""
+    digest = hashlib.sha256(f"{LANES}".encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Loop:
+    """What every thread of a call does, compiled for each dtype of caches."""
+
+    def __init__(self, fields: Sequence[str], reals: Sequence[str] = ()) -> None:
+        """Name the arguments: integers and addresses, then numbers in fp32."""
+        self.fields, self.reals = tuple(fields), tuple(reals)
+        self._body: Callable[[Any], None]
+        self._compiled: dict[torch.dtype, tuple[Any, np.dtype]] = {}
+
+    def __call__(self, body: Callable[[Any], None]) -> Loop:
+        """Decorate the function, of a pointer to the arguments."""
+        self._body = body
+        return self
+
+    def start(self, dtype: torch.dtype) -> None:
+        """Compile for caches of `dtype`, or take what is on disk."""
+        if dtype not in ELEMENTS:
+            raise ValueError(f"dtype {dtype} is not one of {[*ELEMENTS]}")
+        if dtype in self._compiled:
+            return
+        record = self._record(dtype)
+        signature = types.void(types.CPointer(numba.from_dtype(record)))
+        compile_it = partial(cfunc, signature, error_model="numpy")
+        try:
+            function = compile_it(cache=True)(self._body)
+        except (RuntimeError, OSError) as error:
+            # Numba finds no place to write, or the place is full.
+            warnings.warn(f"compiled loops are not kept on disk: {error}", stacklevel=2)
+            function = compile_it()(self._body)
+        self._compiled[dtype] = function, record
+
+    def run(self, dtype: torch.dtype, *arguments: float) -> None:
+        """Run on every OpenMP thread; return when all are done."""
+        self.start(dtype)
+        function, record = self._compiled[dtype]
+        call = np.array((*arguments, 0, 0), record)
+        _run(function.address, call.ctypes.data, torch.get_num_threads(), 0)
+
+    def _record(self, dtype: torch.dtype) -> np.dtype:
+        """Arguments as OpenMP hands them to its threads."""
+        fields: list[tuple[str, Any]] = [(name, np.int64) for name in self.fields]
+        fields += [(name, np.float32) for name in self.reals]
+        # Loops learn the type of elements from this field's.
+        fields.append(("element", np.dtype(ELEMENTS[dtype].name)))
+        # Looking on disk, Numba compares no more than the function's own file.
+        fields.append((f"of_{_sources()}", np.int8))
+        return np.dtype(fields, align=True)
+
+
+def _answer_no_special_names(original: Callable[[Any, str], Any]) -> Any:
+    def __getattr__(self: Any, name: str) -> Any:  # noqa: N807
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return original(self, name)
+
+    return __getattr__
+
+
+# llvmlite's library object answers every name, `__dict__` too, and vLLM 0.32 looks into
+# the `__dict__` of every object of every module when an engine starts, and dies of it.
+# Goes when either stops.
+_library = type(ffi.lib)
+_library.__getattr__ = _answer_no_special_names(_library.__getattr__)
