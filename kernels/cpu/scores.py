@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numba import carray, types
+from vllm_avl.kernels.cpu.queries import lay_queries
 from vllm_avl.kernels.cpu.softmax import STEP, cap, exponentiate, finite, scaled
 from vllm_avl.kernels.cpu.threads import (
     Loop,
@@ -25,37 +26,12 @@ from vllm_avl.kernels.cpu.threads import (
 from vllm_avl.kernels.cpu.tiles import PART, ROWS, TILE, dot_tile
 from vllm_avl.kernels.cpu.vectors import (
     CODES,
-    LANES,
+    ELEMENTS,
     load,
-    load_as,
     multiply_add,
-    multiply,
     splat,
     store,
 )
-
-
-@compiled
-def lay_queries(
-    query: int, row_step: int, code: int, scale: float, rows: int, size: int, to: int
-) -> None:
-    """Write rows of a head, times `scale`, as fp32 [head_size, rows].
-
-    Args:
-        query: address of the first row; the next is `row_step` bytes further.
-        code: of the queries' dtype, of `CODES`.
-        to: address; a row of scratch lies behind what is written.
-    """
-    itemsize = 4 if code == 0 else 2
-    laid = array_at(to, types.float32, (size, rows))
-    kept_at = to + 4 * size * rows
-    kept = array_at(kept_at, types.float32, (size,))
-    for row in range(rows):
-        for d in range(0, size, LANES):
-            vector = load_as(query + row * row_step + d * itemsize, code)
-            store(kept_at + 4 * d, multiply(vector, splat(scale)))
-        for d in range(size):
-            laid[d, row] = kept[d]
 
 
 @compiled
@@ -134,7 +110,7 @@ def _sum_rows(call: Any, head: int, part: int, weights: int, factors: Any) -> No
         scores[head, first + slot] = summed[slot]
 
 
-@Loop(
+LOOP = Loop(
     [
         *("cache", "num_kv_heads", "block_size", "itemsize", "blocks", "num_blocks"),
         *("query", "row_step", "head_step", "code", "num_rows", "num_heads"),
@@ -142,6 +118,9 @@ def _sum_rows(call: Any, head: int, part: int, weights: int, factors: Any) -> No
     ],
     ["scale", "soft_cap"],
 )
+
+
+@LOOP
 def _scores(data: Any) -> None:
     call = carray(data, 1)[0]
     rows, parts = call.num_rows, (call.num_tokens + PART - 1) // PART
@@ -234,8 +213,8 @@ def attention_scores(
     size += parts * (PART * (num_rows + 1) + 2 * num_rows)
     size = -(-size // 16) * 16
     scratch = torch.empty(torch.get_num_threads(), size, dtype=torch.float32)
-    _scores.run(
-        kv_cache.dtype,
+    LOOP.run(
+        ELEMENTS[kv_cache.dtype],
         kv_cache.data_ptr(),
         num_kv_heads,
         block_elements // head_size,

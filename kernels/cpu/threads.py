@@ -21,7 +21,7 @@ from llvmlite import ir
 from llvmlite.binding import ffi
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
-from vllm_avl.kernels.cpu.vectors import ELEMENTS, LANES
+from vllm_avl.kernels.cpu.vectors import LANES
 
 _openmp = ctypes.CDLL(None)
 _run = _openmp.GOMP_parallel
@@ -47,7 +47,8 @@ def share(size: int) -> tuple[int, int]:
 
 @intrinsic
 def _pointer(_context: Any, _address: Any, dtype: Any) -> Any:
-    pointer = types.CPointer(dtype.instance_type)
+    named = isinstance(dtype, types.TypeRef | types.NumberClass)
+    pointer = types.CPointer(dtype.instance_type if named else dtype)
 
     def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
         return builder.inttoptr(values[0], context.get_value_type(pointer))
@@ -59,6 +60,12 @@ def _pointer(_context: Any, _address: Any, dtype: Any) -> Any:
 def array_at(address: Any, dtype: Any, shape: Any) -> Any:
     """The array at an address; `dtype` is a Numba type."""
     return carray(_pointer(address, dtype), shape)
+
+
+@compiled
+def elements_at(address: Any, element: Any, shape: Any) -> Any:
+    """The array at an address, of the type that any value `element` has."""
+    return carray(_pointer(address, element), shape)
 
 
 @intrinsic
@@ -82,26 +89,24 @@ def _sources() -> str:
 
 
 class Loop:
-    """What every thread of a call does, compiled for each dtype of caches."""
+    """What every thread of a call does, compiled for each type of a cache's elements."""
 
     def __init__(self, fields: Sequence[str], reals: Sequence[str] = ()) -> None:
         """Name the arguments: integers and addresses, then numbers in fp32."""
         self.fields, self.reals = tuple(fields), tuple(reals)
         self._body: Callable[[Any], None]
-        self._compiled: dict[torch.dtype, tuple[Any, np.dtype]] = {}
+        self._compiled: dict[types.Type, tuple[Any, np.dtype]] = {}
 
     def __call__(self, body: Callable[[Any], None]) -> Loop:
         """Decorate the function, of a pointer to the arguments."""
         self._body = body
         return self
 
-    def start(self, dtype: torch.dtype) -> None:
-        """Compile for caches of `dtype`, or take what is on disk."""
-        if dtype not in ELEMENTS:
-            raise ValueError(f"dtype {dtype} is not one of {[*ELEMENTS]}")
-        if dtype in self._compiled:
+    def start(self, element: types.Type) -> None:
+        """Compile for caches of elements of a type, or take what is on disk."""
+        if element in self._compiled:
             return
-        record = self._record(dtype)
+        record = self._record(element)
         signature = types.void(types.CPointer(numba.from_dtype(record)))
         compile_it = partial(cfunc, signature, error_model="numpy")
         try:
@@ -110,21 +115,21 @@ class Loop:
             # Numba finds no place to write, or the place is full.
             warnings.warn(f"compiled loops are not kept on disk: {error}", stacklevel=2)
             function = compile_it()(self._body)
-        self._compiled[dtype] = function, record
+        self._compiled[element] = function, record
 
-    def run(self, dtype: torch.dtype, *arguments: float) -> None:
+    def run(self, element: types.Type, *arguments: float) -> None:
         """Run on every OpenMP thread; return when all are done."""
-        self.start(dtype)
-        function, record = self._compiled[dtype]
+        self.start(element)
+        function, record = self._compiled[element]
         call = np.array((*arguments, 0, 0), record)
         _run(function.address, call.ctypes.data, torch.get_num_threads(), 0)
 
-    def _record(self, dtype: torch.dtype) -> np.dtype:
+    def _record(self, element: types.Type) -> np.dtype:
         """Arguments as OpenMP hands them to its threads."""
         fields: list[tuple[str, Any]] = [(name, np.int64) for name in self.fields]
         fields += [(name, np.float32) for name in self.reals]
         # Loops learn the type of elements from this field's.
-        fields.append(("element", np.dtype(ELEMENTS[dtype].name)))
+        fields.append(("element", np.dtype(element.name)))
         # Looking on disk, Numba compares no more than the function's own file.
         fields.append((f"of_{_sources()}", np.int8))
         return np.dtype(fields, align=True)
