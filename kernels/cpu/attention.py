@@ -215,19 +215,6 @@ def _factors(norms: Any) -> None:
         norms[part, 0] /= total
 
 
-LOOP = Loop(
-    [
-        *("tokens", "blocks", "num_tokens", "num_masked", "mask_steps", "ends"),
-        *("num_rows", "taken", "ended", "norms", "outputs", "scratch", "scratch_step"),
-        *("masks", "paid", "cache", "num_kv_heads", "block_size", "itemsize"),
-        *("query", "query_row_step", "query_head_step", "group", "head_size"),
-        *("output", "output_row_step", "output_head_step", "code"),
-    ],
-    ["scale", "soft_cap"],
-)
-
-
-@LOOP
 def _attend(data: Any) -> None:
     call = carray(data, 1)[0]
     group, size, heads = call.group, call.head_size, call.num_kv_heads
@@ -264,6 +251,19 @@ def _attend(data: Any) -> None:
             array_at(ended, types.int64, (1,))[0] = 0
             _put_together(call, row, head, start + head * parts, parts)
         item = count_up(call.taken)
+
+
+LOOP = Loop(
+    _attend,
+    [
+        *("tokens", "blocks", "num_tokens", "num_masked", "mask_steps", "ends"),
+        *("num_rows", "taken", "ended", "norms", "outputs", "scratch", "scratch_step"),
+        *("masks", "paid", "cache", "num_kv_heads", "block_size", "itemsize"),
+        *("query", "query_row_step", "query_head_step", "group", "head_size"),
+        *("output", "output_row_step", "output_head_step", "code"),
+    ],
+    ["scale", "soft_cap"],
+)
 
 
 class DecodeRows:
@@ -329,12 +329,12 @@ class DecodeRows:
 
     def paid(self, num_heads: int) -> tuple[np.ndarray, dict[int, torch.Tensor]]:
         """Room for the scored rows' probabilities, and its address for each row."""
-        if not self.scored:
-            return self._nothing_paid, {}
         rooms = {
-            row: torch.empty(num_heads, length, dtype=torch.float32)
-            for row, length in self.scored
+            row: torch.empty(num_heads, int(self.num_tokens[row]))
+            for row in self._scored
         }
+        if not rooms:
+            return self._nothing_paid, rooms
         addresses = np.zeros(len(self.tokens), np.int64)
         for row, room in rooms.items():
             addresses[row] = room.data_ptr()

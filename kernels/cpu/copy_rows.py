@@ -77,16 +77,6 @@ def _copy_values(cache: Any, source: Any, target: Any, kept: Any) -> None:
             cache[target[index] + d] = kept[index, d]
 
 
-LOOP = Loop(
-    [
-        *("cache", "num_elements", "num_kv_heads", "block_size", "head_size"),
-        *("source_blocks", "source", "target_blocks", "target"),
-        *("num_rankings", "count", "places", "kept", "itemsize"),
-    ]
-)
-
-
-@LOOP
 def _copy(data: Any) -> None:
     call = carray(data, 1)[0]
     count, size, element = call.count, call.head_size, call.element
@@ -106,6 +96,16 @@ def _copy(data: Any) -> None:
         else:
             keys = elements_at(kept, element, (size, count))
             _copy_keys(cache, source, target, keys, call.block_size)
+
+
+LOOP = Loop(
+    _copy,
+    [
+        *("cache", "num_elements", "num_kv_heads", "block_size", "head_size"),
+        *("source_blocks", "source", "target_blocks", "target"),
+        *("num_rankings", "count", "places", "kept", "itemsize"),
+    ]
+)
 
 
 def copy_rows(

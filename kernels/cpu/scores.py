@@ -110,17 +110,6 @@ def _sum_rows(call: Any, head: int, part: int, weights: int, factors: Any) -> No
         scores[head, first + slot] = summed[slot]
 
 
-LOOP = Loop(
-    [
-        *("cache", "num_kv_heads", "block_size", "itemsize", "blocks", "num_blocks"),
-        *("query", "row_step", "head_step", "code", "num_rows", "num_heads"),
-        *("head_size", "group", "num_tokens", "scores", "scratch", "scratch_step"),
-    ],
-    ["scale", "soft_cap"],
-)
-
-
-@LOOP
 def _scores(data: Any) -> None:
     call = carray(data, 1)[0]
     rows, parts = call.num_rows, (call.num_tokens + PART - 1) // PART
@@ -172,6 +161,17 @@ def _scores(data: Any) -> None:
             laid = head
         if phase == 0:
             wait_for_all()
+
+
+LOOP = Loop(
+    _scores,
+    [
+        *("cache", "num_kv_heads", "block_size", "itemsize", "blocks", "num_blocks"),
+        *("query", "row_step", "head_step", "code", "num_rows", "num_heads"),
+        *("head_size", "group", "num_tokens", "scores", "scratch", "scratch_step"),
+    ],
+    ["scale", "soft_cap"],
+)
 
 
 def attention_scores(

@@ -91,16 +91,15 @@ def _sources() -> str:
 class Loop:
     """What every thread of a call does, compiled for each type of a cache's elements."""
 
-    def __init__(self, fields: Sequence[str], reals: Sequence[str] = ()) -> None:
-        """Name the arguments: integers and addresses, then numbers in fp32."""
-        self.fields, self.reals = tuple(fields), tuple(reals)
-        self._body: Callable[[Any], None]
+    def __init__(
+        self,
+        body: Callable[[Any], None],
+        fields: Sequence[str],
+        reals: Sequence[str] = (),
+    ) -> None:
+        """Name the arguments that `body` gets a pointer to: int64, then fp32."""
+        self._body, self._fields, self._reals = body, fields, reals
         self._compiled: dict[types.Type, tuple[Any, np.dtype]] = {}
-
-    def __call__(self, body: Callable[[Any], None]) -> Loop:
-        """Decorate the function, of a pointer to the arguments."""
-        self._body = body
-        return self
 
     def start(self, element: types.Type) -> None:
         """Compile for caches of elements of a type, or take what is on disk."""
@@ -126,8 +125,8 @@ class Loop:
 
     def _record(self, element: types.Type) -> np.dtype:
         """Arguments as OpenMP hands them to its threads."""
-        fields: list[tuple[str, Any]] = [(name, np.int64) for name in self.fields]
-        fields += [(name, np.float32) for name in self.reals]
+        fields: list[tuple[str, Any]] = [(name, np.int64) for name in self._fields]
+        fields += [(name, np.float32) for name in self._reals]
         # Loops learn the type of elements from this field's.
         fields.append(("element", np.dtype(element.name)))
         # Looking on disk, Numba compares no more than the function's own file.
