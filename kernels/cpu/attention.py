@@ -313,7 +313,7 @@ class DecodeRows:
         if key not in self._scratch:
             items = self._num_parts * num_kv_heads
             counts = torch.zeros(len(self.tokens) * num_kv_heads + 1, dtype=torch.int64)
-            of_items = torch.empty(items * group * (head_size + 2))
+            of_items = torch.empty(items * group * (head_size + 2), dtype=torch.float32)
             of_thread = 4 * (head_size * (group + 1) + group * PART)
             of_thread += _PICKED_BYTES + _TILES_BYTES + PART
             of_thread = -(-of_thread // 64) * 64
@@ -330,7 +330,7 @@ class DecodeRows:
     def paid(self, num_heads: int) -> tuple[np.ndarray, dict[int, torch.Tensor]]:
         """Room for the scored rows' probabilities, and its address for each row."""
         rooms = {
-            row: torch.empty(num_heads, int(self.num_tokens[row]))
+            row: torch.empty(num_heads, int(self.num_tokens[row]), dtype=torch.float32)
             for row in self._scored
         }
         if not rooms:
