@@ -35,6 +35,8 @@ PART = 8 * TILE
 """Slots between two rows of weights."""
 AHEAD = 24
 """How many values earlier than it is read a value is fetched."""
+SUMMED = 16
+"""Products summed by themselves, for a smaller error; head sizes are multiples."""
 LINE = 64
 """Bytes of a processor's cache line."""
 
@@ -105,23 +107,35 @@ def _dot(
 
         def build(rows: int) -> None:
             sums = _sums(builder, rows, vectors)
-            for place in sum(sums, []):
-                builder.store(constant(0.0), place)
-            with cgutils.for_range(builder, size) as loop:
-                step = builder.mul(loop.index, key_step)
-                _prefetch_tile(builder, builder.add(ahead, step), element)
-                at = builder.add(keys, step)
-                read = _vectors_at(builder, at, element, vectors)
-                at = builder.add(queries, builder.mul(loop.index, query_step))
-                factors = [
-                    _factor(builder, offset(builder, at, 4 * row))
-                    for row in range(rows)
-                ]
-                _add_products(builder, sums, factors, read)
-            for row in range(rows):
-                for index, place in enumerate(sums[row]):
-                    at = offset(builder, logits, 4 * (row * PART + index * LANES))
-                    narrow_to(builder, at, builder.load(place), types.float32)
+            written = [
+                (place, offset(builder, logits, 4 * (row * PART + index * LANES)))
+                for row in range(rows)
+                for index, place in enumerate(sums[row])
+            ]
+            for _, at in written:
+                narrow_to(builder, at, constant(0.0), types.float32)
+            parts = builder.udiv(size, _LONG(SUMMED))
+            with cgutils.for_range(builder, parts) as part:
+                first = builder.mul(part.index, _LONG(SUMMED))
+                for place, _ in written:
+                    builder.store(constant(0.0), place)
+                with cgutils.for_range(builder, _LONG(SUMMED)) as loop:
+                    build_products(rows, sums, builder.add(first, loop.index))
+                for place, at in written:
+                    before = widened_from(builder, at, types.float32)
+                    total = builder.fadd(before, builder.load(place))
+                    narrow_to(builder, at, total, types.float32)
+
+        def build_products(rows: int, sums: Any, index: Any) -> None:
+            step = builder.mul(index, key_step)
+            _prefetch_tile(builder, builder.add(ahead, step), element)
+            at = builder.add(keys, step)
+            read = _vectors_at(builder, at, element, vectors)
+            at = builder.add(queries, builder.mul(index, query_step))
+            factors = [
+                _factor(builder, offset(builder, at, 4 * row)) for row in range(rows)
+            ]
+            _add_products(builder, sums, factors, read)
 
         _for_rows(builder, num_rows, build)
         return context.get_dummy_value()
