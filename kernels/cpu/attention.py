@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from numba import carray, types
 from vllm_avl.kernels.cpu.queries import lay_queries
-from vllm_avl.kernels.cpu.softmax import STEP, cap, exponentiate, finite, scaled
+from vllm_avl.kernels.cpu.softmax import STEP, cap, exponentiate, normalise
 from vllm_avl.kernels.cpu.threads import (
     Loop,
-    array_at,
     compiled,
     count_up,
+    read,
     thread_index,
+    write,
 )
 from vllm_avl.kernels.cpu.tiles import AHEAD, PART, ROWS, TILE, add_tile, dot_tile
 from vllm_avl.kernels.cpu.vectors import (
@@ -39,7 +40,7 @@ _TILES_BYTES = 16 * (PART // TILE)
 
 
 @compiled
-def _list_part(call: Any, row: int, head: int, part: int, lists: int) -> Any:
+def _list_part(call: Any, row: int, head: int, part: int, lists: int) -> tuple:
     """List the tiles of a part with a slot to read, and the values of such slots.
 
     `lists` is the address of picked values as `add_tile` takes them, then of int64
@@ -49,66 +50,65 @@ def _list_part(call: Any, row: int, head: int, part: int, lists: int) -> Any:
     Returns:
         Numbers of tiles and of values.
     """
-    picked = array_at(lists, types.int64, (PART + AHEAD, 2))
-    tiles = array_at(lists + _PICKED_BYTES, types.int64, (PART // TILE, 2))
-    marks = array_at(lists + _PICKED_BYTES + _TILES_BYTES, types.uint8, (PART,))
-    block_size, size, itemsize = call.block_size, call.head_size, call.itemsize
-    half = block_size * size * itemsize
+    tiles = lists + _PICKED_BYTES
+    marks = tiles + _TILES_BYTES
+    block_size, itemsize = call.block_size, call.itemsize
+    half = block_size * call.head_size * itemsize
     cache = call.cache + head * 2 * half
-    length = array_at(call.num_tokens, types.int64, (call.num_rows,))[row]
-    mask_at = array_at(call.masks, types.int64, (call.num_rows,))[row]
-    num_masked = array_at(call.num_masked, types.int64, (call.num_rows,))[row]
-    if mask_at == 0:
-        num_masked = 0
-    mask_at += head * array_at(call.mask_steps, types.int64, (call.num_rows,))[row]
-    mask = array_at(mask_at, types.uint8, (num_masked,))
-    blocks_at = array_at(call.blocks, types.int64, (call.num_rows,))[row]
-    num_blocks = (length + block_size - 1) // block_size
-    blocks = array_at(blocks_at, types.int32, (num_blocks,))
+    length = read(call.num_tokens, types.int64, row)
+    mask = read(call.masks, types.int64, row)
+    num_masked = read(call.num_masked, types.int64, row) if mask else 0
+    mask += head * read(call.mask_steps, types.int64, row)
+    blocks = read(call.blocks, types.int64, row)
     num_tiles, num_picked = 0, 0
     for first in range(part * PART, min((part + 1) * PART, length), TILE):
         block, slot = divmod(first, block_size)
-        keys = cache + blocks[block] * (call.num_kv_heads * 2 * half)
-        values = keys + half + slot * size * itemsize
+        block = np.int64(read(blocks, types.int32, block))
+        keys = cache + block * (call.num_kv_heads * 2 * half)
+        value = keys + half + slot * call.head_size * itemsize
         before = num_picked
-        for index in range(TILE):
-            at = first + index
-            read = at < length and (at >= num_masked or mask[at] != 0)
-            number = num_tiles * TILE + index
-            marks[number] = read
-            picked[num_picked, 0] = values + index * size * itemsize
-            picked[num_picked, 1] = 4 * number
-            num_picked += read
+        for number in range(num_tiles * TILE, (num_tiles + 1) * TILE):
+            at = first + number - num_tiles * TILE
+            is_read = at < length
+            if at < num_masked:
+                is_read &= read(mask, types.uint8, at) != 0
+            write(marks, types.uint8, number, is_read)
+            write(lists, types.int64, 2 * num_picked, value)
+            write(lists, types.int64, 2 * num_picked + 1, 4 * number)
+            value += call.head_size * itemsize
+            num_picked += is_read
         if num_picked > before:
-            tiles[num_tiles, 0] = keys + slot * itemsize
-            tiles[num_tiles, 1] = first // TILE - part * (PART // TILE)
+            write(tiles, types.int64, 2 * num_tiles, keys + slot * itemsize)
+            number = first // TILE - part * (PART // TILE)
+            write(tiles, types.int64, 2 * num_tiles + 1, number)
             num_tiles += 1
-    last = max(num_picked - 1, 0)
+    last = read(lists, types.int64, 2 * max(num_picked - 1, 0))
     for index in range(num_picked, num_picked + AHEAD):
-        picked[index, 0] = picked[last, 0]
+        write(lists, types.int64, 2 * index, last)
     return num_tiles, num_picked
 
 
 @compiled
 def _weigh(
-    call: Any, queries: int, lists: int, num_tiles: int, weights: int, norms: Any
+    call: Any, queries: int, lists: int, num_tiles: int, weights: int, norms: int
 ) -> None:
     """Weights of the listed tiles' slots, 0 where a slot is not read."""
-    tiles = array_at(lists + _PICKED_BYTES, types.int64, (PART // TILE, 2))
-    marks = lists + _PICKED_BYTES + _TILES_BYTES
+    tiles = lists + _PICKED_BYTES
+    marks = tiles + _TILES_BYTES
     group, count = call.group, num_tiles * TILE
     for tile in range(num_tiles):
+        ahead = min(tile + 1, num_tiles - 1)
         for row in range(0, group, ROWS):
             dot_tile(
                 call.element,
-                tiles[tile, 0],
+                read(tiles, types.int64, 2 * tile),
                 call.block_size * call.itemsize,
                 call.head_size,
                 queries + 4 * row,
                 4 * group,
                 min(group - row, ROWS),
                 weights + 4 * (row * PART + tile * TILE),
-                tiles[min(tile + 1, num_tiles - 1), 0],
+                read(tiles, types.int64, 2 * ahead),
             )
     for row in range(group):
         logits = weights + 4 * row * PART
@@ -116,7 +116,7 @@ def _weigh(
             cap(logits, count, call.soft_cap)
         for at in range(0, 4 * count, STEP):
             store(logits + at, keep_marked(marks + at // 4, load(logits + at)))
-        exponentiate(logits, count, norms[row])
+        exponentiate(logits, count, norms + 8 * row)
 
 
 @compiled
@@ -125,8 +125,8 @@ def _add_values(
 ) -> None:
     """Write the sums of the listed values, weighted: fp32 [group, head_size]."""
     group, size = call.group, call.head_size
-    sums = array_at(outputs, types.float32, (group * size,))
-    sums[:] = 0
+    for at in range(0, 4 * group * size, STEP):
+        store(outputs + at, splat(np.float32(0)))
     for first in range(0, num_picked, TILE):
         for column in range(0, size, TILE):
             for row in range(0, group, ROWS):
@@ -144,111 +144,88 @@ def _add_values(
 
 
 @compiled
-def _keep_weights(
-    call: Any,
-    row: int,
-    head: int,
-    part: int,
-    lists: int,
-    num_tiles: int,
-    weights: int,
-) -> None:
-    """Write a part's weights, every slot's, to where the row's probabilities go."""
-    paid_at = array_at(call.paid, types.int64, (call.num_rows,))[row]
-    length = array_at(call.num_tokens, types.int64, (call.num_rows,))[row]
-    paid = array_at(paid_at, types.float32, (call.num_kv_heads, call.group, length))
-    tiles = array_at(lists + _PICKED_BYTES, types.int64, (PART // TILE, 2))
-    kept = array_at(weights, types.float32, (call.group, PART))
-    first, end = part * PART, min((part + 1) * PART, length)
-    for member in range(call.group):
-        paid[head, member, first:end] = 0
-        for tile in range(num_tiles):
-            start = first + tiles[tile, 1] * TILE
-            for index in range(min(end - start, TILE)):
-                weight = kept[member, tile * TILE + index]
-                paid[head, member, start + index] = weight
+def _paid_at(call: Any, row: int, head: int, member: int) -> int:
+    """Address of the probabilities of a scored row, for a member of a head's group."""
+    length = read(call.num_tokens, types.int64, row)
+    line = (head * call.group + member) * length
+    return read(call.paid, types.int64, row) + 4 * line
 
 
 @compiled
-def _put_together(
-    call: Any, row: int, head: int, item: int, parts: int
+def _keep_weights(
+    call: Any, row: int, head: int, part: int, lists: int, tiles: int, weights: int
 ) -> None:
+    """Write a part's weights, every slot's, to where the row's probabilities go."""
+    end = min(PART, read(call.num_tokens, types.int64, row) - part * PART)
+    for member in range(call.group):
+        paid = _paid_at(call, row, head, member) + 4 * part * PART
+        for slot in range(end):
+            write(paid, types.float32, slot, 0)
+        for tile in range(tiles):
+            number = read(lists + _PICKED_BYTES, types.int64, 2 * tile + 1)
+            kept = weights + 4 * (member * PART + tile * TILE)
+            for index in range(min(end - number * TILE, TILE)):
+                weight = read(kept, types.float32, index)
+                write(paid, types.float32, number * TILE + index, weight)
+
+
+@compiled
+def _put_together(call: Any, row: int, head: int, item: int, parts: int) -> None:
     """Write a row's output for a KV head, of items from `item` on."""
     group, size = call.group, call.head_size
-    norms = array_at(call.norms + 8 * item * group, types.float32, (parts, group, 2))
     outputs = call.outputs + 4 * item * group * size
-    token = array_at(call.tokens, types.int64, (call.num_rows,))[row]
-    written = call.output + token * call.output_row_step
-    written += head * group * call.output_head_step
+    to = call.output + read(call.tokens, types.int64, row) * call.output_row_step
+    to += head * group * call.output_head_step
     itemsize = 4 if call.code == 0 else 2
     for member in range(group):
-        _factors(norms[:, member])
+        norms = call.norms + 8 * (item * group + member)
+        normalise(norms, 8 * group, parts)
         for at in range(0, 4 * size, STEP):
             total = splat(np.float32(0))
             for part in range(parts):
                 values = load(outputs + 4 * (part * group + member) * size + at)
-                total = multiply_add(values, splat(norms[part, member, 0]), total)
-            to = written + member * call.output_head_step + at // 4 * itemsize
-            store_as(to, total, call.code)
-    paid_at = array_at(call.paid, types.int64, (call.num_rows,))[row]
-    if paid_at:
-        length = array_at(call.num_tokens, types.int64, (call.num_rows,))[row]
-        paid = array_at(paid_at, types.float32, (call.num_kv_heads, group, length))
-        for member in range(group):
-            for part in range(parts):
-                factor = norms[part, member, 0]
-                for slot in range(part * PART, min((part + 1) * PART, length)):
-                    paid[head, member, slot] *= factor
-
-
-@compiled
-def _factors(norms: Any) -> None:
-    """Replace each part's largest logit by what normalises the part."""
-    largest = np.float32(-np.inf)
-    for part in range(len(norms)):
-        largest = max(largest, norms[part, 0])
-    shift, total = finite(largest), np.float32(0)
-    for part in range(len(norms)):
-        norms[part, 0] = scaled(np.float32(1), norms[part, 0], shift)
-        total += norms[part, 0] * norms[part, 1]
-    for part in range(len(norms)):
-        norms[part, 0] /= total
+                factor = read(norms, types.float32, 2 * group * part)
+                total = multiply_add(values, splat(factor), total)
+            store_as(to + at // 4 * itemsize, total, call.code)
+        to += call.output_head_step
+        if read(call.paid, types.int64, row):
+            paid = _paid_at(call, row, head, member)
+            for slot in range(read(call.num_tokens, types.int64, row)):
+                factor = read(norms, types.float32, 2 * group * (slot // PART))
+                weight = read(paid, types.float32, slot)
+                write(paid, types.float32, slot, weight * factor)
 
 
 def _attend(data: Any) -> None:
     call = carray(data, 1)[0]
     group, size, heads = call.group, call.head_size, call.num_kv_heads
-    ends = array_at(call.ends, types.int64, (call.num_rows,))
-    paid = array_at(call.paid, types.int64, (call.num_rows,))
-    tokens = array_at(call.tokens, types.int64, (call.num_rows,))
     queries = call.scratch + np.int64(thread_index()) * call.scratch_step
     weights = queries + 4 * size * (group + 1)
     lists = weights + 4 * group * PART
-    row, start, laid_row, laid_head = 0, 0, -1, -1
+    row, start, end, laid = -1, 0, 0, -1
     item = count_up(call.taken)
-    while item < ends[call.num_rows - 1] * heads:
-        while item >= ends[row] * heads:
-            start = ends[row] * heads
-            row += 1
-        parts = ends[row] - start // heads
+    while item < call.num_items:
+        while item >= end:
+            row, start = row + 1, end
+            end = read(call.ends, types.int64, row) * heads
+        parts = (end - start) // heads
         head, part = divmod(item - start, parts)
-        if laid_row != row or laid_head != head:
-            query = call.query + tokens[row] * call.query_row_step
-            query += head * group * call.query_head_step
+        if laid != row * heads + head:
+            laid = row * heads + head
             step, code = call.query_head_step, call.code
+            query = call.query + head * group * step
+            query += read(call.tokens, types.int64, row) * call.query_row_step
             lay_queries(query, step, code, call.scale, group, size, queries)
-            laid_row, laid_head = row, head
         num_tiles, num_picked = _list_part(call, row, head, part, lists)
-        norms = array_at(call.norms + 8 * item * group, types.float32, (group, 2))
+        norms = call.norms + 8 * item * group
         _weigh(call, queries, lists, num_tiles, weights, norms)
-        if paid[row]:
+        if read(call.paid, types.int64, row):
             _keep_weights(call, row, head, part, lists, num_tiles, weights)
-        _add_values(
-            call, lists, num_picked, weights, call.outputs + 4 * item * group * size
-        )
-        ended = call.ended + 8 * (row * heads + head)
+        outputs = call.outputs + 4 * item * group * size
+        _add_values(call, lists, num_picked, weights, outputs)
+        ended = call.ended + 8 * laid
         if count_up(ended) == parts - 1:
-            array_at(ended, types.int64, (1,))[0] = 0
+            write(ended, types.int64, 0, 0)
             _put_together(call, row, head, start + head * parts, parts)
         item = count_up(call.taken)
 
@@ -257,7 +234,7 @@ LOOP = Loop(
     _attend,
     [
         *("tokens", "blocks", "num_tokens", "num_masked", "mask_steps", "ends"),
-        *("num_rows", "taken", "ended", "norms", "outputs", "scratch", "scratch_step"),
+        *("num_items", "taken", "ended", "norms", "outputs", "scratch", "scratch_step"),
         *("masks", "paid", "cache", "num_kv_heads", "block_size", "itemsize"),
         *("query", "query_row_step", "query_head_step", "group", "head_size"),
         *("output", "output_row_step", "output_head_step", "code"),
@@ -301,7 +278,7 @@ class DecodeRows:
         self._num_parts = int(ends[-1]) if num_rows else 0
         # Loops read these by address.
         self._numbers = np.stack([part.astype(np.int64) for part in arrays])
-        self.addresses = *(line.ctypes.data for line in self._numbers), num_rows
+        self.addresses = (*(line.ctypes.data for line in self._numbers),)
         self._scored = scored.nonzero()[0].tolist()
         self._nothing_paid = np.zeros(num_rows, np.int64)
         self._scratch: dict[tuple[int, ...], Any] = {}
@@ -320,7 +297,7 @@ class DecodeRows:
             of_threads = torch.empty(threads * of_thread, dtype=torch.uint8)
             norms = of_items.data_ptr() + 4 * items * group * head_size
             taken = counts.data_ptr()
-            numbers = taken, taken + 8, norms, of_items.data_ptr()
+            numbers = items, taken, taken + 8, norms, of_items.data_ptr()
             addresses = *numbers, of_threads.data_ptr(), of_thread
             self._scratch[key] = addresses, counts, of_items, of_threads
         addresses, counts, _, _ = self._scratch[key]

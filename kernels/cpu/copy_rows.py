@@ -13,11 +13,12 @@ import torch
 from numba import carray, types
 from vllm_avl.kernels.cpu.threads import (
     Loop,
-    array_at,
     compiled,
-    elements_at,
+    copy_element,
+    read,
     share,
     thread_index,
+    write,
 )
 
 BITS = {1: types.uint8, 2: types.uint16, 4: types.uint32}
@@ -27,84 +28,82 @@ RUN = 64
 
 
 @compiled
-def _locate(call: Any, item: int, blocks_at: int, slots_at: int, places: Any) -> None:
+def _locate(call: Any, item: int, blocks: int, slots: int, places: int) -> None:
     """Write where each slot's first element lies in the cache.
 
     Args:
         item: number of the KV head, twice, and 1 more for its values.
-        blocks_at: address of block ids.
-        slots_at: address of [num_rankings, count] slots; 0 stands for 0..count-1.
-        places: [count].
+        blocks: address of block ids.
+        slots: address of [num_rankings, count] slots; 0 stands for 0..count-1.
+        places: address of int64 [count].
     """
     size, block_size = call.head_size, call.block_size
-    # Nothing is known of how many blocks there are: an array of any length will do.
-    blocks = array_at(blocks_at, types.int32, (1 << 32,))
-    ranking = item // 2 if call.num_rankings > 1 else 0
-    slots = array_at(slots_at + 4 * ranking * call.count, types.int32, (call.count,))
     step = size if item % 2 else 1
+    first = item // 2 * call.count if call.num_rankings > 1 else 0
     for index in range(call.count):
-        slot = np.int64(slots[index]) if slots_at else index
+        slot = index
+        if slots:
+            slot = np.int64(read(slots, types.int32, first + index))
         block, rest = divmod(slot, block_size)
-        half = np.int64(blocks[block]) * 2 * call.num_kv_heads + item
-        places[index] = half * block_size * size + rest * step
+        block = np.int64(read(blocks, types.int32, block))
+        half = block * 2 * call.num_kv_heads + item
+        write(places, types.int64, index, half * block_size * size + rest * step)
 
 
 @compiled
-def _copy_keys(cache: Any, source: Any, target: Any, kept: Any, step: int) -> None:
-    """Copy columns, whose elements lie `step` apart; `kept` is [head_size, count]."""
-    size, count = kept.shape
-    for first in range(0, count, RUN):
-        end = min(first + RUN, count)
-        for d in range(size):
-            for index in range(first, end):
-                kept[d, index] = cache[source[index] + d * step]
-    for first in range(0, count, RUN):
-        end = min(first + RUN, count)
-        for d in range(size):
-            for index in range(first, end):
-                cache[target[index] + d * step] = kept[d, index]
+def _copy_keys(call: Any, source: int, target: int, kept: int) -> None:
+    """Copy columns, by way of `kept`, the address of [head_size, count]."""
+    cache, step, element = call.cache, call.block_size, call.element
+    for places in (source, target):
+        for first in range(0, call.count, RUN):
+            end = min(first + RUN, call.count)
+            for d in range(call.head_size):
+                for index in range(first, end):
+                    at = read(places, types.int64, index) + d * step
+                    number = d * call.count + index
+                    if places == source:
+                        copy_element(cache, at, kept, number, element)
+                    else:
+                        copy_element(kept, number, cache, at, element)
 
 
 @compiled
-def _copy_values(cache: Any, source: Any, target: Any, kept: Any) -> None:
-    """Copy rows; `kept` is [count, head_size]."""
-    count, size = kept.shape
-    for index in range(count):
-        for d in range(size):
-            kept[index, d] = cache[source[index] + d]
-    for index in range(count):
-        for d in range(size):
-            cache[target[index] + d] = kept[index, d]
+def _copy_values(call: Any, source: int, target: int, kept: int) -> None:
+    """Copy rows, by way of `kept`, the address of [count, head_size]."""
+    cache, size, element = call.cache, call.head_size, call.element
+    for places in (source, target):
+        for index in range(call.count):
+            at, number = read(places, types.int64, index), index * size
+            for d in range(size):
+                if places == source:
+                    copy_element(cache, at + d, kept, number + d, element)
+                else:
+                    copy_element(kept, number + d, cache, at + d, element)
 
 
 def _copy(data: Any) -> None:
     call = carray(data, 1)[0]
-    count, size, element = call.count, call.head_size, call.element
-    index = np.int64(thread_index())
-    places = call.places + 16 * count * index
-    source = array_at(places, types.int64, (count,))
-    target = array_at(places + 8 * count, types.int64, (count,))
-    kept = call.kept + count * size * call.itemsize * index
-    cache = elements_at(call.cache, element, (call.num_elements,))
+    count, index = call.count, np.int64(thread_index())
+    source = call.places + 16 * count * index
+    target = source + 8 * count
+    kept = call.kept + count * call.head_size * call.itemsize * index
     first, end = share(2 * call.num_kv_heads)
     for item in range(first, end):
         _locate(call, item, call.source_blocks, call.source, source)
         _locate(call, item, call.target_blocks, call.target, target)
         if item % 2:
-            values = elements_at(kept, element, (count, size))
-            _copy_values(cache, source, target, values)
+            _copy_values(call, source, target, kept)
         else:
-            keys = elements_at(kept, element, (size, count))
-            _copy_keys(cache, source, target, keys, call.block_size)
+            _copy_keys(call, source, target, kept)
 
 
 LOOP = Loop(
     _copy,
     [
-        *("cache", "num_elements", "num_kv_heads", "block_size", "head_size"),
+        *("cache", "num_kv_heads", "block_size", "head_size"),
         *("source_blocks", "source", "target_blocks", "target"),
         *("num_rankings", "count", "places", "kept", "itemsize"),
-    ]
+    ],
 )
 
 
@@ -146,7 +145,6 @@ def copy_rows(
     LOOP.run(
         BITS[itemsize],
         kv_cache.data_ptr(),
-        kv_cache.numel(),
         num_kv_heads,
         kv_cache.shape[3] // head_size,
         head_size,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from numba import types
-from vllm_avl.kernels.cpu.threads import array_at, compiled
+from vllm_avl.kernels.cpu.threads import compiled, read, write
 from vllm_avl.kernels.cpu.vectors import LANES, load_as, multiply, splat, store
 
 
@@ -19,12 +19,10 @@ def lay_queries(
         to: address; a row of scratch lies behind what is written.
     """
     itemsize = 4 if code == 0 else 2
-    laid = array_at(to, types.float32, (size, rows))
-    kept_at = to + 4 * size * rows
-    kept = array_at(kept_at, types.float32, (size,))
+    kept = to + 4 * size * rows
     for row in range(rows):
         for d in range(0, size, LANES):
             vector = load_as(query + row * row_step + d * itemsize, code)
-            store(kept_at + 4 * d, multiply(vector, splat(scale)))
+            store(kept + 4 * d, multiply(vector, splat(scale)))
         for d in range(size):
-            laid[d, row] = kept[d]
+            write(to, types.float32, d * rows + row, read(kept, types.float32, d))

@@ -13,15 +13,16 @@ import numpy as np
 import torch
 from numba import carray, types
 from vllm_avl.kernels.cpu.queries import lay_queries
-from vllm_avl.kernels.cpu.softmax import STEP, cap, exponentiate, finite, scaled
+from vllm_avl.kernels.cpu.softmax import STEP, cap, exponentiate, normalise
 from vllm_avl.kernels.cpu.threads import (
     Loop,
-    array_at,
     compiled,
     num_threads,
+    read,
     share,
     thread_index,
     wait_for_all,
+    write,
 )
 from vllm_avl.kernels.cpu.tiles import PART, ROWS, TILE, dot_tile
 from vllm_avl.kernels.cpu.vectors import (
@@ -39,14 +40,15 @@ def _part_weights(call: Any, head: int, part: int, queries: int, weights: int) -
     """Weights of a part's slots, and what they are normalised by."""
     rows, size, block_size = call.num_rows, call.head_size, call.block_size
     itemsize = call.itemsize
-    blocks = array_at(call.blocks, types.int32, (call.num_blocks,))
     head_bytes = 2 * block_size * size * itemsize
     cache = call.cache + head // call.group * head_bytes
     first = part * PART
     num_tiles = (min(first + PART, call.num_tokens) - first + TILE - 1) // TILE
     for tile in range(num_tiles):
         block, slot = divmod(first + tile * TILE, block_size)
-        keys = cache + blocks[block] * (call.num_kv_heads * head_bytes)
+        keys = cache + np.int64(read(call.blocks, types.int32, block)) * (
+            call.num_kv_heads * head_bytes
+        )
         keys += slot * itemsize
         for row in range(0, rows, ROWS):
             dot_tile(
@@ -61,114 +63,83 @@ def _part_weights(call: Any, head: int, part: int, queries: int, weights: int) -
                 keys,
             )
     count = num_tiles * TILE
-    logits = array_at(weights, types.float32, (rows, PART))
-    norms = array_at(weights + 4 * rows * PART, types.float32, (rows, 2))
+    norms = weights + 4 * rows * PART
     for row in range(rows):
         at = weights + 4 * row * PART
         if call.soft_cap > 0:
             cap(at, count, call.soft_cap)
         for slot in range(max(call.num_tokens - rows + 1 + row - first, 0), count):
-            logits[row, slot] = -np.inf
-        exponentiate(at, count, norms[row])
+            write(at, types.float32, slot, -np.inf)
+        exponentiate(at, count, norms + 8 * row)
 
 
 @compiled
-def _factors(call: Any, weights: int, part_bytes: int, factors: Any) -> None:
-    """What each row's weights are multiplied with in each part, to sum to 1."""
-    rows = call.num_rows
-    for row in range(rows):
-        largest = np.float32(-np.inf)
-        for part in range(len(factors)):
-            at = weights + part * part_bytes + 4 * rows * PART
-            norm = array_at(at, types.float32, (rows, 2))[row]
-            largest = max(largest, norm[0])
-        shift, total = finite(largest), np.float32(0)
-        for part in range(len(factors)):
-            at = weights + part * part_bytes + 4 * rows * PART
-            norm = array_at(at, types.float32, (rows, 2))[row]
-            factors[part, row] = scaled(np.float32(1), norm[0], shift)
-            total += factors[part, row] * norm[1]
-        for part in range(len(factors)):
-            factors[part, row] /= total
-
-
-@compiled
-def _sum_rows(call: Any, head: int, part: int, weights: int, factors: Any) -> None:
-    """Write a part's scores."""
+def _sum_rows(call: Any, head: int, part: int, weights: int) -> None:
+    """Write a part's scores, of weights and what normalises them."""
     first = part * PART
     count = min(first + PART, call.num_tokens) - first
-    sums = weights + 4 * PART * call.num_rows + 8 * call.num_rows
+    norms = weights + 4 * PART * call.num_rows
+    sums = norms + 8 * call.num_rows
     for at in range(0, 4 * count, STEP):
         total = splat(np.float32(0))
         for row in range(call.num_rows):
             weight = load(weights + 4 * row * PART + at)
-            total = multiply_add(weight, splat(factors[row]), total)
+            factor = splat(read(norms, types.float32, 2 * row))
+            total = multiply_add(weight, factor, total)
         store(sums + at, total)
-    scores = array_at(call.scores, types.float32, (call.num_heads, call.num_tokens))
-    summed = array_at(sums, types.float32, (count,))
+    scores = call.scores + 4 * (head * call.num_tokens + first)
     for slot in range(count):
-        scores[head, first + slot] = summed[slot]
+        write(scores, types.float32, slot, read(sums, types.float32, slot))
+
+
+@compiled
+def _weigh(call: Any, head: int, first: int, end: int, weights: int) -> None:
+    """Weights of some parts of a head, not yet normalised."""
+    queries = call.scratch + np.int64(thread_index()) * call.scratch_step
+    query = call.query + head * call.head_step
+    rows, size = call.num_rows, call.head_size
+    lay_queries(query, call.row_step, call.code, call.scale, rows, size, queries)
+    for part in range(first, end):
+        _part_weights(call, head, part, queries, weights + part * call.part_step)
 
 
 def _scores(data: Any) -> None:
     call = carray(data, 1)[0]
     rows, parts = call.num_rows, (call.num_tokens + PART - 1) // PART
-    part_bytes = 4 * PART * (rows + 1) + 8 * rows
-    index, threads = np.int64(thread_index()), np.int64(num_threads())
-    queries = call.scratch + index * call.scratch_step
-    query_bytes = 4 * (rows + 1) * call.head_size
-    factors_at = queries + query_bytes
-    factors = array_at(factors_at, types.float32, (parts, rows))
-    own = factors_at + 4 * parts * rows
-    even = call.num_heads // threads * threads
-    for head in range(index, even, threads):
-        query = call.query + head * call.head_step
-        lay_queries(
-            query, call.row_step, call.code, call.scale, rows, call.head_size, queries
-        )
-        for part in range(parts):
-            _part_weights(call, head, part, queries, own + part * part_bytes)
-        _factors(call, own, part_bytes, factors)
-        for part in range(parts):
-            _sum_rows(call, head, part, own + part * part_bytes, factors[part])
-    if even == call.num_heads:
-        return
-    wait_for_all()
-    first, end = share((call.num_heads - even) * parts)
-    for phase in range(2):
-        laid = -1
+    threads = np.int64(num_threads())
+    for first_head in range(0, call.num_heads, threads):
+        heads = min(threads, call.num_heads - first_head)
+        # With a head for every thread, each thread's share is one head.
+        together = heads < threads
+        if together:
+            wait_for_all()
+        first, end = share(heads * parts)
+        for turn in range(first // parts, (end + parts - 1) // parts):
+            weights = call.weights + turn * call.scratch_step
+            begin, stop = max(first - turn * parts, 0), min(end - turn * parts, parts)
+            _weigh(call, first_head + turn, begin, stop, weights)
+        if together:
+            wait_for_all()
+        first_row, end_row = share(heads * rows)
+        for item in range(first_row, end_row):
+            turn, row = divmod(item, rows)
+            norms = call.weights + turn * call.scratch_step + 4 * PART * rows + 8 * row
+            normalise(norms, call.part_step, parts)
+        if together:
+            wait_for_all()
         for item in range(first, end):
             turn, part = divmod(item, parts)
-            shared = own + (turn - index) * call.scratch_step
-            head = even + turn
-            if phase == 0:
-                if laid != head:
-                    lay_queries(
-                        call.query + head * call.head_step,
-                        call.row_step,
-                        call.code,
-                        call.scale,
-                        rows,
-                        call.head_size,
-                        queries,
-                    )
-                _part_weights(call, head, part, queries, shared + part * part_bytes)
-            else:
-                if laid != head:
-                    _factors(call, shared, part_bytes, factors)
-                at = shared + part * part_bytes
-                _sum_rows(call, head, part, at, factors[part])
-            laid = head
-        if phase == 0:
-            wait_for_all()
+            weights = call.weights + turn * call.scratch_step + part * call.part_step
+            _sum_rows(call, first_head + turn, part, weights)
 
 
 LOOP = Loop(
     _scores,
     [
-        *("cache", "num_kv_heads", "block_size", "itemsize", "blocks", "num_blocks"),
+        *("cache", "num_kv_heads", "block_size", "itemsize", "blocks"),
         *("query", "row_step", "head_step", "code", "num_rows", "num_heads"),
-        *("head_size", "group", "num_tokens", "scores", "scratch", "scratch_step"),
+        *("head_size", "group", "num_tokens", "scores", "part_step"),
+        *("scratch", "weights", "scratch_step"),
     ],
     ["scale", "soft_cap"],
 )
@@ -209,9 +180,9 @@ def attention_scores(
     assert query.stride(2) == 1
     parts = -(-num_tokens // PART)
     scores = torch.empty(num_heads, num_tokens, dtype=torch.float32)
-    size = (num_rows + 1) * head_size + parts * num_rows
-    size += parts * (PART * (num_rows + 1) + 2 * num_rows)
-    size = -(-size // 16) * 16
+    part_size = PART * (num_rows + 1) + 2 * num_rows
+    query_size = (num_rows + 1) * head_size
+    size = query_size + parts * part_size
     scratch = torch.empty(torch.get_num_threads(), size, dtype=torch.float32)
     LOOP.run(
         ELEMENTS[kv_cache.dtype],
@@ -220,7 +191,6 @@ def attention_scores(
         block_elements // head_size,
         kv_cache.element_size(),
         blocks.data_ptr(),
-        len(blocks),
         query.data_ptr(),
         query.stride(0) * query.element_size(),
         query.stride(1) * query.element_size(),
@@ -231,7 +201,9 @@ def attention_scores(
         num_heads // num_kv_heads,
         num_tokens,
         scores.data_ptr(),
+        4 * part_size,
         scratch.data_ptr(),
+        scratch.data_ptr() + 4 * query_size,
         4 * size,
         scale,
         soft_cap,

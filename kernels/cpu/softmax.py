@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from vllm_avl.kernels.cpu.threads import compiled
+from numba import types
+from vllm_avl.kernels.cpu.threads import compiled, read, write
 from vllm_avl.kernels.cpu.vectors import (
     LANES,
     add,
@@ -34,7 +33,7 @@ def cap(logits: int, count: int, soft_cap: float) -> None:
 
 
 @compiled
-def exponentiate(logits: int, count: int, norm: Any) -> None:
+def exponentiate(logits: int, count: int, norm: int) -> None:
     """Turn logits into weights, and leave the largest logit and the weights' sum.
 
     `count` is a multiple of a vector's lanes. Where every logit is -inf the weights
@@ -51,7 +50,8 @@ def exponentiate(logits: int, count: int, norm: Any) -> None:
         weight = exponential(subtract(load(at), shift))
         store(at, weight)
         total = add(total, weight)
-    norm[0], norm[1] = largest, sum_of(total)
+    write(norm, types.float32, 0, largest)
+    write(norm, types.float32, 1, sum_of(total))
 
 
 @compiled
@@ -61,6 +61,22 @@ def finite(largest: float) -> float:
 
 
 @compiled
-def scaled(factor: float, from_: float, to: float) -> float:
-    """A factor's weight when a piece whose largest logit is `from_` joins others."""
-    return factor * largest_of(exponential(splat(np.float32(from_ - to))))
+def normalise(norms: int, step: int, parts: int) -> None:
+    """Replace the largest logit of each part of a row by what normalises the part.
+
+    `norms` is the address of what `exponentiate` left for the first part, and the next
+    part's is `step` bytes further.
+    """
+    largest = np.float32(-np.inf)
+    for part in range(parts):
+        largest = max(largest, read(norms + part * step, types.float32, 0))
+    shift, total = finite(largest), np.float32(0)
+    for part in range(parts):
+        at = norms + part * step
+        distance = np.float32(read(at, types.float32, 0) - shift)
+        factor = largest_of(exponential(splat(distance)))
+        total += factor * read(at, types.float32, 1)
+        write(at, types.float32, 0, factor)
+    for part in range(parts):
+        at = norms + part * step
+        write(at, types.float32, 0, read(at, types.float32, 0) / total)

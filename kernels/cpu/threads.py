@@ -31,7 +31,7 @@ _run.restype = None
 for _name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
     _address = ctypes.cast(getattr(_openmp, _name), ctypes.c_void_p).value
     llvm.add_symbol(_name, _address)
-compiled = njit(error_model="numpy")
+compiled = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 """Compile a function that loops call."""
 thread_index = types.ExternalFunction("omp_get_thread_num", types.int32())
 num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
@@ -46,26 +46,45 @@ def share(size: int) -> tuple[int, int]:
 
 
 @intrinsic
-def _pointer(_context: Any, _address: Any, dtype: Any) -> Any:
-    named = isinstance(dtype, types.TypeRef | types.NumberClass)
-    pointer = types.CPointer(dtype.instance_type if named else dtype)
+def read(_context: Any, address: Any, dtype: Any, index: Any) -> Any:
+    """The number at an index of an array; `dtype` is a Numba type."""
+    number = dtype.instance_type
 
     def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        return builder.inttoptr(values[0], context.get_value_type(pointer))
+        kind = context.get_value_type(number)
+        start = builder.inttoptr(values[0], kind.as_pointer())
+        return builder.load(builder.gep(start, [values[2]]))
 
-    return pointer(types.int64, dtype), generate
-
-
-@compiled
-def array_at(address: Any, dtype: Any, shape: Any) -> Any:
-    """The array at an address; `dtype` is a Numba type."""
-    return carray(_pointer(address, dtype), shape)
+    return number(types.int64, dtype, types.int64), generate
 
 
-@compiled
-def elements_at(address: Any, element: Any, shape: Any) -> Any:
-    """The array at an address, of the type that any value `element` has."""
-    return carray(_pointer(address, element), shape)
+@intrinsic
+def write(_context: Any, address: Any, dtype: Any, index: Any, value: Any) -> Any:
+    """Write a number at an index of an array; `dtype` is a Numba type."""
+
+    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        start = builder.inttoptr(values[0], values[3].type.as_pointer())
+        builder.store(values[3], builder.gep(start, [values[2]]))
+        return context.get_dummy_value()
+
+    number = dtype.instance_type
+    return types.void(types.int64, dtype, types.int64, number), generate
+
+
+@intrinsic
+def copy_element(
+    _context: Any, source: Any, old: Any, target: Any, new: Any, element: Any
+) -> Any:
+    """Copy the element at an index to an index, of the type that `element` has."""
+
+    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        pointer = values[4].type.as_pointer()
+        from_ = builder.gep(builder.inttoptr(values[0], pointer), [values[1]])
+        to = builder.gep(builder.inttoptr(values[2], pointer), [values[3]])
+        builder.store(builder.load(from_), to)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4, element), generate
 
 
 @intrinsic

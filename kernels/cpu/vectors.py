@@ -99,7 +99,9 @@ def widened_from(builder: Any, address: Any, element: Any) -> Any:
         halves = builder.load(pointer_at(builder, address, _HALVES), align=2)
         return builder.fpext(halves, FLOATS)
     shorts = builder.load(pointer_at(builder, address, _SHORTS), align=2)
-    return builder.bitcast(builder.shl(builder.zext(shorts, _WORDS), _words(16)), FLOATS)
+    return builder.bitcast(
+        builder.shl(builder.zext(shorts, _WORDS), _words(16)), FLOATS
+    )
 
 
 def narrow_to(builder: Any, address: Any, vector: Any, element: Any) -> None:

@@ -61,9 +61,7 @@ def test_logits_far_apart():
     query, *rest, scale = make(SHAPES["group-8-wide-blocks"], torch.float32)
     exact = reference.attention_scores(query.double(), *rest, scale * 200)
     eager = reference.attention_scores(query, *rest, scale * 200)
-    assert within_twice_eager(
-        attention_scores(query, *rest, scale * 200), eager, exact
-    )
+    assert within_twice_eager(attention_scores(query, *rest, scale * 200), eager, exact)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
