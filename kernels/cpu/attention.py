@@ -19,11 +19,19 @@ from vllm_avl.kernels.cpu.threads import (
     Loop,
     compiled,
     count_up,
+    inlined,
     read,
     thread_index,
     write,
 )
-from vllm_avl.kernels.cpu.tiles import AHEAD, PART, ROWS, TILE, add_tile, dot_tile
+from vllm_avl.kernels.cpu.tiles import (
+    AHEAD,
+    PART,
+    TILE,
+    add_tile,
+    dot_tile,
+    rows_at_once,
+)
 from vllm_avl.kernels.cpu.vectors import (
     CODES,
     ELEMENTS,
@@ -88,7 +96,7 @@ def _list_part(call: Any, row: int, head: int, part: int, lists: int) -> tuple:
     return num_tiles, num_picked
 
 
-@compiled
+@inlined
 def _weigh(
     call: Any, queries: int, lists: int, num_tiles: int, weights: int, norms: int
 ) -> None:
@@ -98,7 +106,9 @@ def _weigh(
     group, count = call.group, num_tiles * TILE
     for tile in range(num_tiles):
         ahead = min(tile + 1, num_tiles - 1)
-        for row in range(0, group, ROWS):
+        row = 0
+        while row < group:
+            at_once = rows_at_once(group - row)
             dot_tile(
                 call.element,
                 read(tiles, types.int64, 2 * tile),
@@ -106,10 +116,11 @@ def _weigh(
                 call.head_size,
                 queries + 4 * row,
                 4 * group,
-                min(group - row, ROWS),
+                at_once,
                 weights + 4 * (row * PART + tile * TILE),
                 read(tiles, types.int64, 2 * ahead),
             )
+            row += at_once
     for row in range(group):
         logits = weights + 4 * row * PART
         if call.soft_cap > 0:
@@ -119,7 +130,7 @@ def _weigh(
         exponentiate(logits, count, norms + 8 * row)
 
 
-@compiled
+@inlined
 def _add_values(
     call: Any, lists: int, num_picked: int, weights: int, outputs: int
 ) -> None:
@@ -129,7 +140,9 @@ def _add_values(
         store(outputs + at, splat(np.float32(0)))
     for first in range(0, num_picked, TILE):
         for column in range(0, size, TILE):
-            for row in range(0, group, ROWS):
+            row = 0
+            while row < group:
+                at_once = rows_at_once(group - row)
                 add_tile(
                     call.element,
                     lists + 16 * first,
@@ -137,10 +150,11 @@ def _add_values(
                     column,
                     min(size - column, TILE),
                     weights + 4 * row * PART,
-                    min(group - row, ROWS),
+                    at_once,
                     outputs + 4 * row * size,
                     4 * size,
                 )
+                row += at_once
 
 
 @compiled

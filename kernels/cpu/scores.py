@@ -17,6 +17,7 @@ from vllm_avl.kernels.cpu.softmax import STEP, cap, exponentiate, normalise
 from vllm_avl.kernels.cpu.threads import (
     Loop,
     compiled,
+    inlined,
     num_threads,
     read,
     share,
@@ -24,7 +25,7 @@ from vllm_avl.kernels.cpu.threads import (
     wait_for_all,
     write,
 )
-from vllm_avl.kernels.cpu.tiles import PART, ROWS, TILE, dot_tile
+from vllm_avl.kernels.cpu.tiles import PART, TILE, dot_tile, rows_at_once
 from vllm_avl.kernels.cpu.vectors import (
     CODES,
     ELEMENTS,
@@ -35,7 +36,7 @@ from vllm_avl.kernels.cpu.vectors import (
 )
 
 
-@compiled
+@inlined
 def _part_weights(call: Any, head: int, part: int, queries: int, weights: int) -> None:
     """Weights of a part's slots, and what they are normalised by."""
     rows, size, block_size = call.num_rows, call.head_size, call.block_size
@@ -50,7 +51,9 @@ def _part_weights(call: Any, head: int, part: int, queries: int, weights: int) -
             call.num_kv_heads * head_bytes
         )
         keys += slot * itemsize
-        for row in range(0, rows, ROWS):
+        row = 0
+        while row < rows:
+            at_once = rows_at_once(rows - row)
             dot_tile(
                 call.element,
                 keys,
@@ -58,10 +61,11 @@ def _part_weights(call: Any, head: int, part: int, queries: int, weights: int) -
                 size,
                 queries + 4 * row,
                 4 * rows,
-                min(rows - row, ROWS),
+                at_once,
                 weights + 4 * (row * PART + tile * TILE),
                 keys,
             )
+            row += at_once
     count = num_tiles * TILE
     norms = weights + 4 * rows * PART
     for row in range(rows):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from llvmlite.binding import ffi
-from numba import carray, cfunc, njit, types
+from numba import cfunc, njit, types
 from numba.extending import intrinsic
 from vllm_avl.kernels.cpu.vectors import LANES
 
@@ -31,8 +31,15 @@ _run.restype = None
 for _name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
     _address = ctypes.cast(getattr(_openmp, _name), ctypes.c_void_p).value
     llvm.add_symbol(_name, _address)
-compiled = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+_options = {
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
+compiled = njit(**_options)
 """Compile a function that loops call."""
+inlined = njit(**_options, inline="always")
+"""The same, for a large function with one caller: it goes through LLVM once."""
 thread_index = types.ExternalFunction("omp_get_thread_num", types.int32())
 num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
 wait_for_all = types.ExternalFunction("GOMP_barrier", types.void())
@@ -108,7 +115,7 @@ def _sources() -> str:
 
 
 class Loop:
-    """What every thread of a call does, compiled for each type of a cache's elements."""
+    """What every thread of a call does, compiled for each type of elements."""
 
     def __init__(
         self,

@@ -29,8 +29,10 @@ from vllm_avl.kernels.cpu.vectors import (
 
 TILE = 32
 """Keys of a product, and columns of values; every block size is a multiple."""
-ROWS = 8 if LANES == 16 else 2
+MOST_ROWS = 8 if LANES == 16 else 2
 """Rows of a product: with `TILE` sums each they leave registers for what they read."""
+ROWS = [rows for rows in (1, 2, 4, 8) if rows <= MOST_ROWS]
+"""Numbers of rows that products are compiled for."""
 PART = 8 * TILE
 """Slots between two rows of weights."""
 AHEAD = 24
@@ -47,13 +49,22 @@ def _for_rows(builder: Any, num_rows: Any, build: Callable[[int], None]) -> None
     """Build a loop for each possible number of rows."""
     after = builder.append_basic_block("after")
     switch = builder.switch(num_rows, after)
-    for rows in range(1, ROWS + 1):
+    for rows in ROWS:
         block = builder.append_basic_block(f"rows_{rows}")
         switch.add_case(_LONG(rows), block)
         with builder.goto_block(block):
             build(rows)
             builder.branch(after)
     builder.position_at_end(after)
+
+
+@compiled
+def rows_at_once(left: int) -> int:
+    """How many of the rows that are left the next product takes."""
+    rows = MOST_ROWS
+    while rows > left:
+        rows //= 2
+    return rows
 
 
 def _sums(builder: Any, rows: int, vectors: int) -> list[list[Any]]:
@@ -89,7 +100,7 @@ def _prefetch_tile(builder: Any, address: Any, element: Any) -> None:
 
 
 @intrinsic
-def _dot(
+def dot_tile(
     _context: Any,
     element: Any,
     keys: Any,
@@ -101,6 +112,17 @@ def _dot(
     logits: Any,
     ahead: Any,
 ) -> Any:
+    """Write the products of some queries with `TILE` keys.
+
+    Args:
+        element: any value of the cache's element type.
+        num_rows: one of `ROWS`.
+        keys: address of the first column, `key_step` bytes before the next.
+        queries: address of fp32 [head_size, rows], lines `query_step` bytes apart.
+        logits: address of fp32 [rows, TILE], rows `PART` numbers apart.
+        ahead: address of keys to fetch, of the same step.
+    """
+
     def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
         _, keys, key_step, size, queries, query_step, num_rows, logits, ahead = values
         vectors = TILE // LANES
@@ -143,42 +165,8 @@ def _dot(
     return types.void(element, *[types.int64] * 8), generate
 
 
-@compiled
-def dot_tile(
-    element: Any,
-    keys: int,
-    key_step: int,
-    head_size: int,
-    queries: int,
-    query_step: int,
-    num_rows: int,
-    logits: int,
-    ahead: int,
-) -> None:
-    """Write the products of up to `ROWS` queries with `TILE` keys.
-
-    Args:
-        element: any value of the cache's element type.
-        keys: address of the first column, `key_step` bytes before the next.
-        queries: address of fp32 [head_size, rows], lines `query_step` bytes apart.
-        logits: address of fp32 [rows, TILE], rows `PART` numbers apart.
-        ahead: address of keys to fetch, of the same step.
-    """
-    _dot(
-        element,
-        keys,
-        key_step,
-        head_size,
-        queries,
-        query_step,
-        num_rows,
-        logits,
-        ahead,
-    )
-
-
 @intrinsic
-def _add(
+def add_tile(
     _context: Any,
     element: Any,
     picked: Any,
@@ -190,6 +178,18 @@ def _add(
     sums: Any,
     sum_step: Any,
 ) -> Any:
+    """Add `TILE` columns, or half as many, of picked values to some sums.
+
+    Args:
+        element: any value of the cache's element type.
+        num_rows: one of `ROWS`.
+        picked: address of int64 [num_picked + AHEAD, 2]: where a value lies, and bytes
+            from its row's first weight to its own.
+        column: the first.
+        num_columns: `TILE`, or half of it.
+        weights: address of fp32 [rows, PART].
+        sums: address of fp32 [rows, head_size], rows `sum_step` bytes apart.
+    """
     itemsize = element.bitwidth // 8
 
     def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
@@ -238,39 +238,3 @@ def _add(
         return context.get_dummy_value()
 
     return types.void(element, *[types.int64] * 8), generate
-
-
-@compiled
-def add_tile(
-    element: Any,
-    picked: int,
-    num_picked: int,
-    column: int,
-    num_columns: int,
-    weights: int,
-    num_rows: int,
-    sums: int,
-    sum_step: int,
-) -> None:
-    """Add `TILE` columns, or half as many, of picked values to up to `ROWS` sums.
-
-    Args:
-        element: any value of the cache's element type.
-        picked: address of int64 [num_picked + AHEAD, 2]: where a value lies, and bytes
-            from its row's first weight to its own.
-        column: the first.
-        num_columns: `TILE`, or half of it.
-        weights: address of fp32 [rows, PART].
-        sums: address of fp32 [rows, head_size], rows `sum_step` bytes apart.
-    """
-    _add(
-        element,
-        picked,
-        num_picked,
-        column,
-        num_columns,
-        weights,
-        num_rows,
-        sums,
-        sum_step,
-    )

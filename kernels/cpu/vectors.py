@@ -148,7 +148,7 @@ _LOWEST, _HIGHEST = -87.3, 88.0
 
 
 def exponential_of(builder: Any, x: Any) -> Any:
-    """e to the power of up to 88, as Cephes: within 2 ulp; below -87.3 it is 0."""
+    """Exponential up to 88, as Cephes: within 2 ulp; below -87.3 it is 0."""
     # NaN passes every comparison below unchanged.
     too_high = builder.fcmp_ordered(">", x, constant(_HIGHEST))
     x = builder.select(too_high, constant(_HIGHEST), x)
@@ -289,7 +289,7 @@ def store(_context: Any, address: Any, vector: Any) -> Any:
 
 
 def _each_code(builder: Any, code: Any, build: Callable[[Any], Any]) -> list[Any]:
-    """What `build` makes for each element type, and the block where; one of them runs."""
+    """What `build` makes for each element type, and the block where it is made."""
     after = builder.append_basic_block("after")
     switch = builder.switch(code, after)
     made = []
