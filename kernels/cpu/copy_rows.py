@@ -41,7 +41,7 @@ def _locate(call: Any, item: int, blocks: int, slots: int, places: int) -> None:
     step = size if item % 2 else 1
     first = item // 2 * call.count if call.num_rankings > 1 else 0
     for index in range(call.count):
-        slot = index
+        slot: Any = index
         if slots:
             slot = np.int64(read(slots, types.int32, first + index))
         block, rest = divmod(slot, block_size)

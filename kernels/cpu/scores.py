@@ -36,34 +36,40 @@ from vllm_avl.kernels.cpu.vectors import (
 )
 
 
+@compiled
+def _keys_at(call: Any, head: int, slot: int) -> int:
+    """Address of a slot's key, in the KV head of a head."""
+    block, rest = divmod(slot, call.block_size)
+    half = call.block_size * call.head_size * call.itemsize
+    number = np.int64(read(call.blocks, types.int32, block)) * call.num_kv_heads
+    return call.cache + (number + head // call.group) * 2 * half + rest * call.itemsize
+
+
 @inlined
 def _part_weights(call: Any, head: int, part: int, queries: int, weights: int) -> None:
     """Weights of a part's slots, and what they are normalised by."""
-    rows, size, block_size = call.num_rows, call.head_size, call.block_size
-    itemsize = call.itemsize
-    head_bytes = 2 * block_size * size * itemsize
-    cache = call.cache + head // call.group * head_bytes
+    rows, size = call.num_rows, call.head_size
     first = part * PART
     num_tiles = (min(first + PART, call.num_tokens) - first + TILE - 1) // TILE
+    ahead = _keys_at(call, head, first)
     for tile in range(num_tiles):
-        block, slot = divmod(first + tile * TILE, block_size)
-        keys = cache + np.int64(read(call.blocks, types.int32, block)) * (
-            call.num_kv_heads * head_bytes
-        )
-        keys += slot * itemsize
+        keys = ahead
+        later = first + (tile + 1) * TILE
+        if later < call.num_tokens:
+            ahead = _keys_at(call, head, later)
         row = 0
         while row < rows:
             at_once = rows_at_once(rows - row)
             dot_tile(
                 call.element,
                 keys,
-                block_size * itemsize,
+                call.block_size * call.itemsize,
                 size,
                 queries + 4 * row,
                 4 * rows,
                 at_once,
                 weights + 4 * (row * PART + tile * TILE),
-                keys,
+                ahead,
             )
             row += at_once
     count = num_tiles * TILE

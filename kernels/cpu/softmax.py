@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import types
 from vllm_avl.kernels.cpu.threads import compiled, read, write
@@ -55,7 +57,7 @@ def exponentiate(logits: int, count: int, norm: int) -> None:
 
 
 @compiled
-def finite(largest: float) -> float:
+def finite(largest: Any) -> Any:
     """What logits are reduced by: 0 where the largest of them is -inf."""
     return np.float32(0) if largest == -np.inf else largest
 

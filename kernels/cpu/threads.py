@@ -46,7 +46,7 @@ wait_for_all = types.ExternalFunction("GOMP_barrier", types.void())
 
 
 @compiled
-def share(size: int) -> tuple[int, int]:
+def share(size: int) -> tuple[Any, Any]:
     """First of `size` items that this thread does, and first of the next thread."""
     index, threads = np.int64(thread_index()), np.int64(num_threads())
     return size * index // threads, size * (index + 1) // threads

@@ -282,7 +282,8 @@ def store(_context: Any, address: Any, vector: Any) -> Any:
     """Store fp32 from an address on."""
 
     def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        narrow_to(builder, *values, types.float32)
+        address, vector = values
+        narrow_to(builder, address, vector, types.float32)
         return context.get_dummy_value()
 
     return types.void(types.int64, VECTOR), generate
