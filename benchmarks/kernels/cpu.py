@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-
 from vllm_avl.kernels import cpu
 
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
