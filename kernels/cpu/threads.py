@@ -20,7 +20,8 @@ import torch
 from llvmlite import ir
 from llvmlite.binding import ffi
 from numba import cfunc, njit, types
-from numba.extending import intrinsic
+from numba.core.datamodel import models
+from numba.extending import intrinsic, register_model
 from vllm_avl.kernels.cpu.vectors import LANES
 
 _openmp = ctypes.CDLL(None)
@@ -114,6 +115,29 @@ def _sources() -> str:
     return digest.hexdigest()[:16]
 
 
+class _Call(types.Record):
+    """Arguments of a call, of a name that means the same in every process.
+
+    Numba names records by number, in the order a process meets them, and functions by
+    the types they take: a function from its disk would pass for another record's.
+    """
+
+    @classmethod
+    def of(cls, dtype: np.dtype) -> _Call:
+        """Make the type of a structured dtype."""
+        record = numba.from_dtype(dtype)
+        fields = [(name, field._asdict()) for name, field in record.fields.items()]
+        return cls(fields, record.size, record.aligned)
+
+    @property
+    def mangling_args(self) -> tuple[str, tuple]:
+        """Of a function's name."""
+        return f"Call{hashlib.sha256(self.name.encode()).hexdigest()[:16]}", ()
+
+
+register_model(_Call)(models.RecordModel)
+
+
 class Loop:
     """What every thread of a call does, compiled for each type of elements."""
 
@@ -132,7 +156,7 @@ class Loop:
         if element in self._compiled:
             return
         record = self._record(element)
-        signature = types.void(types.CPointer(numba.from_dtype(record)))
+        signature = types.void(types.CPointer(_Call.of(record)))
         compile_it = partial(cfunc, signature, error_model="numpy")
         try:
             function = compile_it(cache=True)(self._body)
