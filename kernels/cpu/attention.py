@@ -1,0 +1,396 @@
+"""Attention of decode rows to selected keys of their sequences.
+
+An item is a part of a row, of `PART` slots, and a KV head. Threads take items as they
+come free. Each item leaves an output and what it is normalised by, and the thread
+that ends a row's last item puts them together: a row's output does not depend on
+which rows are beside it, nor on the number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, types
+from vllm_avl.kernels.cpu.queries import lay_queries
+from vllm_avl.kernels.cpu.softmax import STEP, cap, exponentiate, normalise
+from vllm_avl.kernels.cpu.threads import (
+    Loop,
+    compiled,
+    count_up,
+    inlined,
+    read,
+    thread_index,
+    write,
+)
+from vllm_avl.kernels.cpu.tiles import (
+    AHEAD,
+    PART,
+    TILE,
+    add_tile,
+    dot_tile,
+    rows_at_once,
+)
+from vllm_avl.kernels.cpu.vectors import (
+    CODES,
+    ELEMENTS,
+    keep_marked,
+    load,
+    multiply_add,
+    splat,
+    store,
+    store_as,
+)
+
+_PICKED_BYTES = 16 * (PART + AHEAD)
+_TILES_BYTES = 16 * (PART // TILE)
+
+
+@compiled
+def _list_part(call: Any, row: int, head: int, part: int, lists: int) -> tuple:
+    """List the tiles of a part with a slot to read, and the values of such slots.
+
+    `lists` is the address of picked values as `add_tile` takes them, then of int64
+    [PART // TILE, 2], address of a tile's keys and its number in the part, then of a
+    byte for each slot of the listed tiles: whether it is read.
+
+    Returns:
+        Numbers of tiles and of values.
+    """
+    tiles = lists + _PICKED_BYTES
+    marks = tiles + _TILES_BYTES
+    block_size, itemsize = call.block_size, call.itemsize
+    half = block_size * call.head_size * itemsize
+    cache = call.cache + head * 2 * half
+    length = read(call.num_tokens, types.int64, row)
+    mask = read(call.masks, types.int64, row)
+    num_masked = read(call.num_masked, types.int64, row) if mask else 0
+    mask += head * read(call.mask_steps, types.int64, row)
+    blocks = read(call.blocks, types.int64, row)
+    num_tiles, num_picked = 0, 0
+    for first in range(part * PART, min((part + 1) * PART, length), TILE):
+        block, slot = divmod(first, block_size)
+        block = np.int64(read(blocks, types.int32, block))
+        keys = cache + block * (call.num_kv_heads * 2 * half)
+        value = keys + half + slot * call.head_size * itemsize
+        before = num_picked
+        for number in range(num_tiles * TILE, (num_tiles + 1) * TILE):
+            at = first + number - num_tiles * TILE
+            is_read = at < length
+            if at < num_masked:
+                is_read &= read(mask, types.uint8, at) != 0
+            write(marks, types.uint8, number, is_read)
+            write(lists, types.int64, 2 * num_picked, value)
+            write(lists, types.int64, 2 * num_picked + 1, 4 * number)
+            value += call.head_size * itemsize
+            num_picked += is_read
+        if num_picked > before:
+            write(tiles, types.int64, 2 * num_tiles, keys + slot * itemsize)
+            number = first // TILE - part * (PART // TILE)
+            write(tiles, types.int64, 2 * num_tiles + 1, number)
+            num_tiles += 1
+    last = read(lists, types.int64, 2 * max(num_picked - 1, 0))
+    for index in range(num_picked, num_picked + AHEAD):
+        write(lists, types.int64, 2 * index, last)
+    return num_tiles, num_picked
+
+
+@inlined
+def _weigh(
+    call: Any, queries: int, lists: int, num_tiles: int, weights: int, norms: int
+) -> None:
+    """Weights of the listed tiles' slots, 0 where a slot is not read."""
+    tiles = lists + _PICKED_BYTES
+    marks = tiles + _TILES_BYTES
+    group, count = call.group, num_tiles * TILE
+    for tile in range(num_tiles):
+        ahead = min(tile + 1, num_tiles - 1)
+        row = 0
+        while row < group:
+            at_once = rows_at_once(group - row)
+            dot_tile(
+                call.element,
+                read(tiles, types.int64, 2 * tile),
+                call.block_size * call.itemsize,
+                call.head_size,
+                queries + 4 * row,
+                4 * group,
+                at_once,
+                weights + 4 * (row * PART + tile * TILE),
+                read(tiles, types.int64, 2 * ahead),
+            )
+            row += at_once
+    for row in range(group):
+        logits = weights + 4 * row * PART
+        if call.soft_cap > 0:
+            cap(logits, count, call.soft_cap)
+        for at in range(0, 4 * count, STEP):
+            store(logits + at, keep_marked(marks + at // 4, load(logits + at)))
+        exponentiate(logits, count, norms + 8 * row)
+
+
+@inlined
+def _add_values(
+    call: Any, lists: int, num_picked: int, weights: int, outputs: int
+) -> None:
+    """Write the sums of the listed values, weighted: fp32 [group, head_size]."""
+    group, size = call.group, call.head_size
+    for at in range(0, 4 * group * size, STEP):
+        store(outputs + at, splat(np.float32(0)))
+    for first in range(0, num_picked, TILE):
+        for column in range(0, size, TILE):
+            row = 0
+            while row < group:
+                at_once = rows_at_once(group - row)
+                add_tile(
+                    call.element,
+                    lists + 16 * first,
+                    min(num_picked - first, TILE),
+                    column,
+                    min(size - column, TILE),
+                    weights + 4 * row * PART,
+                    at_once,
+                    outputs + 4 * row * size,
+                    4 * size,
+                )
+                row += at_once
+
+
+@compiled
+def _paid_at(call: Any, row: int, head: int, member: int) -> int:
+    """Address of the probabilities of a scored row, for a member of a head's group."""
+    length = read(call.num_tokens, types.int64, row)
+    line = (head * call.group + member) * length
+    return read(call.paid, types.int64, row) + 4 * line
+
+
+@compiled
+def _keep_weights(
+    call: Any, row: int, head: int, part: int, lists: int, tiles: int, weights: int
+) -> None:
+    """Write a part's weights, every slot's, to where the row's probabilities go."""
+    end = min(PART, read(call.num_tokens, types.int64, row) - part * PART)
+    for member in range(call.group):
+        paid = _paid_at(call, row, head, member) + 4 * part * PART
+        for slot in range(end):
+            write(paid, types.float32, slot, 0)
+        for tile in range(tiles):
+            number = read(lists + _PICKED_BYTES, types.int64, 2 * tile + 1)
+            kept = weights + 4 * (member * PART + tile * TILE)
+            for index in range(min(end - number * TILE, TILE)):
+                weight = read(kept, types.float32, index)
+                write(paid, types.float32, number * TILE + index, weight)
+
+
+@compiled
+def _put_together(call: Any, row: int, head: int, item: int, parts: int) -> None:
+    """Write a row's output for a KV head, of items from `item` on."""
+    group, size = call.group, call.head_size
+    outputs = call.outputs + 4 * item * group * size
+    to = call.output + read(call.tokens, types.int64, row) * call.output_row_step
+    to += head * group * call.output_head_step
+    itemsize = 4 if call.code == 0 else 2
+    for member in range(group):
+        norms = call.norms + 8 * (item * group + member)
+        normalise(norms, 8 * group, parts)
+        for at in range(0, 4 * size, STEP):
+            total = splat(np.float32(0))
+            for part in range(parts):
+                values = load(outputs + 4 * (part * group + member) * size + at)
+                factor = read(norms, types.float32, 2 * group * part)
+                total = multiply_add(values, splat(factor), total)
+            store_as(to + at // 4 * itemsize, total, call.code)
+        to += call.output_head_step
+        if read(call.paid, types.int64, row):
+            paid = _paid_at(call, row, head, member)
+            for slot in range(read(call.num_tokens, types.int64, row)):
+                factor = read(norms, types.float32, 2 * group * (slot // PART))
+                weight = read(paid, types.float32, slot)
+                write(paid, types.float32, slot, weight * factor)
+
+
+def _attend(data: Any) -> None:
+    call = carray(data, 1)[0]
+    group, size, heads = call.group, call.head_size, call.num_kv_heads
+    queries = call.scratch + np.int64(thread_index()) * call.scratch_step
+    weights = queries + 4 * size * (group + 1)
+    lists = weights + 4 * group * PART
+    row, start, end, laid = -1, 0, 0, -1
+    item = count_up(call.taken)
+    while item < call.num_items:
+        while item >= end:
+            row, start = row + 1, end
+            end = read(call.ends, types.int64, row) * heads
+        parts = (end - start) // heads
+        head, part = divmod(item - start, parts)
+        if laid != row * heads + head:
+            laid = row * heads + head
+            step, code = call.query_head_step, call.code
+            query = call.query + head * group * step
+            query += read(call.tokens, types.int64, row) * call.query_row_step
+            lay_queries(query, step, code, call.scale, group, size, queries)
+        num_tiles, num_picked = _list_part(call, row, head, part, lists)
+        norms = call.norms + 8 * item * group
+        _weigh(call, queries, lists, num_tiles, weights, norms)
+        if read(call.paid, types.int64, row):
+            _keep_weights(call, row, head, part, lists, num_tiles, weights)
+        outputs = call.outputs + 4 * item * group * size
+        _add_values(call, lists, num_picked, weights, outputs)
+        ended = call.ended + 8 * laid
+        if count_up(ended) == parts - 1:
+            write(ended, types.int64, 0, 0)
+            _put_together(call, row, head, start + head * parts, parts)
+        item = count_up(call.taken)
+
+
+LOOP = Loop(
+    _attend,
+    [
+        *("tokens", "blocks", "num_tokens", "num_masked", "mask_steps", "ends"),
+        *("num_items", "taken", "ended", "norms", "outputs", "scratch", "scratch_step"),
+        *("masks", "paid", "cache", "num_kv_heads", "block_size", "itemsize"),
+        *("query", "query_row_step", "query_head_step", "group", "head_size"),
+        *("output", "output_row_step", "output_head_step", "code"),
+    ],
+    ["scale", "soft_cap"],
+)
+
+
+class DecodeRows:
+    """What decode rows read in a step, the same in all layers.
+
+    Args:
+        tokens: [num_rows] each row's index in query and output, int64.
+        block_table: [num_rows, max_blocks] block ids of their sequences, int32.
+        num_tokens: [num_rows] keys that each attends, at least 1, int64.
+        num_masked: [num_rows] first slots that a mask covers, int64; all slots behind
+            them are read, and with 0 all slots.
+        mask_stride: [num_rows] bytes between the masks of two KV heads, int64; 0 for
+            one mask for all heads.
+        scored: [num_rows] bool, whose probabilities are wanted.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        block_table: torch.Tensor,
+        num_tokens: np.ndarray,
+        num_masked: np.ndarray,
+        mask_stride: np.ndarray,
+        scored: np.ndarray,
+    ) -> None:
+        assert block_table.dtype == torch.int32
+        assert block_table.stride(1) == 1
+        self.tokens, self.block_table, self.num_tokens = tokens, block_table, num_tokens
+        self.num_masked, self.mask_stride, self.scored = num_masked, mask_stride, scored
+        num_rows = len(tokens)
+        blocks = block_table.data_ptr()
+        blocks += 4 * block_table.stride(0) * np.arange(num_rows, dtype=np.int64)
+        ends = np.cumsum(-(-num_tokens // PART))
+        arrays = tokens, blocks, num_tokens, num_masked, mask_stride, ends
+        self._num_parts = int(ends[-1]) if num_rows else 0
+        # Loops read these by address.
+        self._numbers = np.stack([part.astype(np.int64) for part in arrays])
+        self.addresses = (*(line.ctypes.data for line in self._numbers),)
+        self._scored = scored.nonzero()[0].tolist()
+        self._nothing_paid = np.zeros(num_rows, np.int64)
+        self._scratch: dict[tuple[int, ...], Any] = {}
+
+    def scratch(self, num_kv_heads: int, group: int, head_size: int) -> Any:
+        """Addresses of what a call counts with and writes to, kept for all layers."""
+        threads = torch.get_num_threads()
+        key = threads, num_kv_heads, group, head_size
+        if key not in self._scratch:
+            items = self._num_parts * num_kv_heads
+            counts = torch.zeros(len(self.tokens) * num_kv_heads + 1, dtype=torch.int64)
+            of_items = torch.empty(items * group * (head_size + 2), dtype=torch.float32)
+            of_thread = 4 * (head_size * (group + 1) + group * PART)
+            of_thread += _PICKED_BYTES + _TILES_BYTES + PART
+            of_thread = -(-of_thread // 64) * 64
+            of_threads = torch.empty(threads * of_thread, dtype=torch.uint8)
+            norms = of_items.data_ptr() + 4 * items * group * head_size
+            taken = counts.data_ptr()
+            numbers = items, taken, taken + 8, norms, of_items.data_ptr()
+            addresses = *numbers, of_threads.data_ptr(), of_thread
+            self._scratch[key] = addresses, counts, of_items, of_threads
+        addresses, counts, _, _ = self._scratch[key]
+        counts[0] = 0
+        return addresses
+
+    def paid(self, num_heads: int) -> tuple[np.ndarray, dict[int, torch.Tensor]]:
+        """Room for the scored rows' probabilities, and its address for each row."""
+        rooms = {
+            row: torch.empty(num_heads, int(self.num_tokens[row]), dtype=torch.float32)
+            for row in self._scored
+        }
+        if not rooms:
+            return self._nothing_paid, rooms
+        addresses = np.zeros(len(self.tokens), np.int64)
+        for row, room in rooms.items():
+            addresses[row] = room.data_ptr()
+        return addresses, rooms
+
+
+def selected_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    rows: DecodeRows,
+    masks: np.ndarray,
+    output: torch.Tensor,
+    scale: float,
+    soft_cap: float = 0.0,
+) -> dict[int, torch.Tensor]:
+    """Attend from decode rows to the selected keys of their sequences.
+
+    Values that are not selected are not read, nor are `TILE` keys with none selected.
+
+    Args:
+        query: [num_step_tokens, num_heads, head_size].
+        kv_cache: as this package describes.
+        rows: which tokens attend, and to what.
+        masks: [num_rows] addresses of the rows' masks in this layer, of one byte a
+            slot, int64; 0 where a row has none.
+        output: as query; written where rows has tokens.
+        scale: softmax scale.
+        soft_cap: tanh cap on the logits, 0 for none.
+
+    Returns:
+        [num_heads, num_tokens] attention that each scored row paid, fp32, by the row's
+        index in `rows`.
+    """
+    if len(rows.tokens) == 0:
+        return {}
+    _, num_heads, head_size = query.shape
+    _, num_kv_heads, _, block_elements = kv_cache.shape
+    group = num_heads // num_kv_heads
+    assert kv_cache.is_contiguous()
+    assert query.dtype == output.dtype
+    assert query.stride(2) == output.stride(2) == 1
+    assert masks.dtype == np.int64
+    masks = np.ascontiguousarray(masks)
+    paid, probabilities = rows.paid(num_heads)
+    itemsize = query.element_size()
+    LOOP.run(
+        ELEMENTS[kv_cache.dtype],
+        *rows.addresses,
+        *rows.scratch(num_kv_heads, group, head_size),
+        masks.ctypes.data,
+        paid.ctypes.data,
+        kv_cache.data_ptr(),
+        num_kv_heads,
+        block_elements // head_size,
+        kv_cache.element_size(),
+        query.data_ptr(),
+        query.stride(0) * itemsize,
+        query.stride(1) * itemsize,
+        group,
+        head_size,
+        output.data_ptr(),
+        output.stride(0) * itemsize,
+        output.stride(1) * itemsize,
+        CODES[query.dtype],
+        scale,
+        soft_cap,
+    )
+    return probabilities

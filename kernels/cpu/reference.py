@@ -1,0 +1,118 @@
+"""The oracle of each operation: obvious code, in the precision of `query`."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import torch
+from vllm_avl.kernels.cpu.attention import DecodeRows
+
+
+def attention_scores(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    blocks: torch.Tensor,
+    num_tokens: int,
+    scale: float,
+    soft_cap: float = 0.0,
+) -> torch.Tensor:
+    """As `cpu.attention_scores`."""
+    num_rows, num_heads, head_size = query.shape
+    group = num_heads // kv_cache.shape[1]
+    keys = _rows(split(kv_cache, head_size)[0], blocks, num_tokens).to(query.dtype)
+    scores = torch.zeros(num_heads, num_tokens, dtype=query.dtype)
+    for row in range(num_rows):
+        visible = num_tokens - num_rows + 1 + row
+        for head in range(num_heads):
+            seen = keys[:visible, head // group]
+            scores[head, :visible] += _attend(query[row, head], seen, scale, soft_cap)
+    return scores
+
+
+def selected_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    rows: DecodeRows,
+    masks: np.ndarray,
+    output: torch.Tensor,
+    scale: float,
+    soft_cap: float = 0.0,
+) -> dict[int, torch.Tensor]:
+    """As `cpu.selected_attention`."""
+    _, num_heads, head_size = query.shape
+    group = num_heads // kv_cache.shape[1]
+    paid = {}
+    for row, (token, num_tokens) in enumerate(
+        zip(rows.tokens, rows.num_tokens, strict=True)
+    ):
+        blocks = rows.block_table[row]
+        keys, values = (
+            _rows(half, blocks, num_tokens).to(query.dtype)
+            for half in split(kv_cache, head_size)
+        )
+        probabilities = torch.zeros(num_heads, num_tokens, dtype=query.dtype)
+        for head in range(num_heads):
+            read = _read(rows, masks, row, head // group)
+            seen = keys[read, head // group]
+            attention = _attend(query[token, head], seen, scale, soft_cap)
+            output[token, head] = attention @ values[read, head // group]
+            probabilities[head, read] = attention
+        if rows.scored[row]:
+            paid[row] = probabilities
+    return paid
+
+
+def copy_rows(
+    kv_cache: torch.Tensor,
+    head_size: int,
+    source_blocks: torch.Tensor,
+    source: torch.Tensor,
+    target_blocks: torch.Tensor,
+    target: torch.Tensor | None = None,
+) -> None:
+    """As `cpu.copy_rows`."""
+    if target is None:
+        target = torch.arange(source.shape[1]).expand_as(source)
+    for half, before in zip(
+        split(kv_cache, head_size), split(kv_cache.clone(), head_size), strict=True
+    ):
+        block_size = half.shape[2]
+        for head in range(half.shape[1]):
+            ranking = head if len(source) > 1 else 0
+            for old, new in zip(source[ranking], target[ranking], strict=True):
+                row = before[source_blocks[old // block_size], head, old % block_size]
+                half[target_blocks[new // block_size], head, new % block_size] = row
+
+
+def split(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values, [num_blocks, num_kv_heads, block_size, head_size] views."""
+    keys, values = kv_cache.unbind(2)
+    by_column = keys.unflatten(-1, (head_size, -1))
+    return by_column.transpose(-1, -2), values.unflatten(-1, (-1, head_size))
+
+
+def _read(rows: DecodeRows, masks: np.ndarray, row: int, head: int) -> torch.Tensor:
+    """[num_tokens] bool, which keys a row reads of a KV head."""
+    read = torch.ones(int(rows.num_tokens[row]), dtype=torch.bool)
+    if masks[row]:
+        address = int(masks[row] + head * rows.mask_stride[row])
+        mask = (ctypes.c_bool * int(rows.num_masked[row])).from_address(address)
+        read[: len(mask)] = torch.tensor(list(mask), dtype=torch.bool)
+    return read
+
+
+def _attend(
+    query: torch.Tensor, keys: torch.Tensor, scale: float, soft_cap: float
+) -> torch.Tensor:
+    """[num_keys] attention probabilities of one row and head."""
+    logits = keys @ query * scale
+    if soft_cap:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    return torch.exp(logits - torch.logsumexp(logits, 0))
+
+
+def _rows(cache: torch.Tensor, blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """[num_tokens, num_kv_heads, head_size] of one sequence."""
+    num_blocks = -(-num_tokens // cache.shape[2])
+    return cache[blocks[:num_blocks]].transpose(1, 2).flatten(0, 1)[:num_tokens]

@@ -1,0 +1,240 @@
+"""The products attention is made of, with every sum in a register.
+
+`dot_tile` multiplies query rows with `TILE` keys that lie by column, `add_tile` adds
+values, listed by their addresses, by weights. Addresses are int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from vllm_avl.kernels.cpu.threads import compiled
+from vllm_avl.kernels.cpu.vectors import (
+    FLOATS,
+    LANES,
+    broadcast,
+    constant,
+    multiply_add_of,
+    narrow_to,
+    offset,
+    pointer_at,
+    prefetch_at,
+    widened_from,
+)
+
+TILE = 32
+"""Keys of a product, and columns of values; every block size is a multiple."""
+MOST_ROWS = 8 if LANES == 16 else 2
+"""Rows of a product: with `TILE` sums each they leave registers for what they read."""
+ROWS = [rows for rows in (1, 2, 4, 8) if rows <= MOST_ROWS]
+"""Numbers of rows that products are compiled for."""
+PART = 8 * TILE
+"""Slots between two rows of weights."""
+AHEAD = 24
+"""How many values earlier than it is read a value is fetched."""
+SUMMED = 16
+"""Products summed by themselves, for a smaller error; head sizes are multiples."""
+LINE = 64
+"""Bytes of a processor's cache line."""
+
+_LONG, _REAL = ir.IntType(64), ir.FloatType()
+
+
+def _for_rows(builder: Any, num_rows: Any, build: Callable[[int], None]) -> None:
+    """Build a loop for each possible number of rows."""
+    after = builder.append_basic_block("after")
+    switch = builder.switch(num_rows, after)
+    for rows in ROWS:
+        block = builder.append_basic_block(f"rows_{rows}")
+        switch.add_case(_LONG(rows), block)
+        with builder.goto_block(block):
+            build(rows)
+            builder.branch(after)
+    builder.position_at_end(after)
+
+
+@compiled
+def rows_at_once(left: int) -> int:
+    """How many of the rows that are left the next product takes."""
+    rows = MOST_ROWS
+    while rows > left:
+        rows //= 2
+    return rows
+
+
+def _sums(builder: Any, rows: int, vectors: int) -> list[list[Any]]:
+    """Places of sums, which LLVM turns into registers."""
+    return [
+        [cgutils.alloca_once(builder, FLOATS) for _ in range(vectors)]
+        for _ in range(rows)
+    ]
+
+
+def _add_products(builder: Any, sums: Any, factors: Any, vectors: Any) -> None:
+    for of_row, factor in zip(sums, factors, strict=True):
+        for place, vector in zip(of_row, vectors, strict=True):
+            added = builder.load(place)
+            builder.store(multiply_add_of(builder, factor, vector, added), place)
+
+
+def _factor(builder: Any, address: Any) -> Any:
+    return broadcast(builder, builder.load(pointer_at(builder, address, _REAL)))
+
+
+def _vectors_at(builder: Any, address: Any, element: Any, count: int) -> list[Any]:
+    size = LANES * element.bitwidth // 8
+    return [
+        widened_from(builder, offset(builder, address, index * size), element)
+        for index in range(count)
+    ]
+
+
+def _prefetch_tile(builder: Any, address: Any, element: Any) -> None:
+    for first in range(0, TILE * element.bitwidth // 8, LINE):
+        prefetch_at(builder, offset(builder, address, first))
+
+
+@intrinsic
+def dot_tile(
+    _context: Any,
+    element: Any,
+    keys: Any,
+    key_step: Any,
+    head_size: Any,
+    queries: Any,
+    query_step: Any,
+    num_rows: Any,
+    logits: Any,
+    ahead: Any,
+) -> Any:
+    """Write the products of some queries with `TILE` keys.
+
+    Args:
+        element: any value of the cache's element type.
+        num_rows: one of `ROWS`.
+        keys: address of the first column, `key_step` bytes before the next.
+        queries: address of fp32 [head_size, rows], lines `query_step` bytes apart.
+        logits: address of fp32 [rows, TILE], rows `PART` numbers apart.
+        ahead: address of keys to fetch, of the same step.
+    """
+
+    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        _, keys, key_step, size, queries, query_step, num_rows, logits, ahead = values
+        vectors = TILE // LANES
+
+        def build(rows: int) -> None:
+            sums = _sums(builder, rows, vectors)
+            written = [
+                (place, offset(builder, logits, 4 * (row * PART + index * LANES)))
+                for row in range(rows)
+                for index, place in enumerate(sums[row])
+            ]
+            for _, at in written:
+                narrow_to(builder, at, constant(0.0), types.float32)
+            parts = builder.udiv(size, _LONG(SUMMED))
+            with cgutils.for_range(builder, parts) as part:
+                first = builder.mul(part.index, _LONG(SUMMED))
+                for place, _ in written:
+                    builder.store(constant(0.0), place)
+                with cgutils.for_range(builder, _LONG(SUMMED)) as loop:
+                    build_products(rows, sums, builder.add(first, loop.index))
+                for place, at in written:
+                    before = widened_from(builder, at, types.float32)
+                    total = builder.fadd(before, builder.load(place))
+                    narrow_to(builder, at, total, types.float32)
+
+        def build_products(rows: int, sums: Any, index: Any) -> None:
+            step = builder.mul(index, key_step)
+            _prefetch_tile(builder, builder.add(ahead, step), element)
+            at = builder.add(keys, step)
+            read = _vectors_at(builder, at, element, vectors)
+            at = builder.add(queries, builder.mul(index, query_step))
+            factors = [
+                _factor(builder, offset(builder, at, 4 * row)) for row in range(rows)
+            ]
+            _add_products(builder, sums, factors, read)
+
+        _for_rows(builder, num_rows, build)
+        return context.get_dummy_value()
+
+    return types.void(element, *[types.int64] * 8), generate
+
+
+@intrinsic
+def add_tile(
+    _context: Any,
+    element: Any,
+    picked: Any,
+    num_picked: Any,
+    column: Any,
+    num_columns: Any,
+    weights: Any,
+    num_rows: Any,
+    sums: Any,
+    sum_step: Any,
+) -> Any:
+    """Add `TILE` columns, or half as many, of picked values to some sums.
+
+    Args:
+        element: any value of the cache's element type.
+        num_rows: one of `ROWS`.
+        picked: address of int64 [num_picked + AHEAD, 2]: where a value lies, and bytes
+            from its row's first weight to its own.
+        column: the first.
+        num_columns: `TILE`, or half of it.
+        weights: address of fp32 [rows, PART].
+        sums: address of fp32 [rows, head_size], rows `sum_step` bytes apart.
+    """
+    itemsize = element.bitwidth // 8
+
+    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        _, picked, num_picked, column, width, weights, num_rows, outputs, step = values
+        at_column = builder.mul(column, _LONG(itemsize))
+        outputs = builder.add(outputs, builder.mul(column, _LONG(4)))
+
+        def entry(index: Any, number: int) -> Any:
+            at = builder.add(picked, builder.mul(index, _LONG(16)))
+            return builder.load(
+                pointer_at(builder, offset(builder, at, 8 * number), _LONG)
+            )
+
+        def build(rows: int, vectors: int) -> None:
+            sums = _sums(builder, rows, vectors)
+            places = [
+                (place, builder.add(outputs, builder.mul(step, _LONG(row))), index)
+                for row in range(rows)
+                for index, place in enumerate(sums[row])
+            ]
+            for place, line, index in places:
+                at = offset(builder, line, 4 * index * LANES)
+                builder.store(widened_from(builder, at, types.float32), place)
+            with cgutils.for_range(builder, num_picked) as loop:
+                later = entry(builder.add(loop.index, _LONG(AHEAD)), 0)
+                _prefetch_tile(builder, builder.add(later, at_column), element)
+                at = builder.add(entry(loop.index, 0), at_column)
+                read = _vectors_at(builder, at, element, vectors)
+                at = builder.add(weights, entry(loop.index, 1))
+                factors = [
+                    _factor(builder, offset(builder, at, 4 * row * PART))
+                    for row in range(rows)
+                ]
+                _add_products(builder, sums, factors, read)
+            for place, line, index in places:
+                at = offset(builder, line, 4 * index * LANES)
+                narrow_to(builder, at, builder.load(place), types.float32)
+
+        whole = builder.icmp_signed("==", width, _LONG(TILE))
+        with builder.if_else(whole) as (wide, narrow):
+            with wide:
+                _for_rows(builder, num_rows, lambda rows: build(rows, TILE // LANES))
+            with narrow:
+                half = TILE // LANES // 2
+                _for_rows(builder, num_rows, lambda rows: build(rows, half))
+        return context.get_dummy_value()
+
+    return types.void(element, *[types.int64] * 8), generate

@@ -1,0 +1,350 @@
+"""Vectors of fp32 as values in compiled loops, each operation one LLVM instruction.
+
+Numba leaves it to LLVM to find vectors in scalar loops, which fails where elements are
+widened from bfloat16 and where exp is called. Here they are vectors from the start.
+Addresses are int64, in bytes. An element type of a cache is named by the Numba type
+that has its bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding as llvm
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.datamodel import models
+from numba.extending import intrinsic, register_model
+
+LANES = 16 if llvm.get_host_cpu_features().get("avx512f") else 8
+"""Elements of a vector: two make a line of bfloat16 where registers have 512 bits."""
+ELEMENTS = {
+    torch.float32: types.float32,
+    torch.bfloat16: types.uint16,
+    torch.float16: types.int16,
+}
+"""What compiled loops call an element of each dtype."""
+CODES = {dtype: code for code, dtype in enumerate(ELEMENTS)}
+"""Numbers of dtypes, where only a run of a loop knows which it is."""
+
+_FLOAT, _WORD, _LONG = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_BYTE, _SHORT = ir.IntType(8), ir.IntType(16)
+FLOATS = ir.VectorType(_FLOAT, LANES)
+_WORDS = ir.VectorType(_WORD, LANES)
+_SHORTS = ir.VectorType(_SHORT, LANES)
+_HALVES = ir.VectorType(ir.HalfType(), LANES)
+
+
+class _Vector(types.Type):
+    """`LANES` numbers in fp32."""
+
+    def __init__(self) -> None:
+        super().__init__(name=f"Vector{LANES}")
+
+
+VECTOR = _Vector()
+
+
+@register_model(_Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Any) -> None:
+        super().__init__(dmm, fe_type, FLOATS)
+
+
+# What builds instructions.
+
+
+def constant(value: float) -> ir.Constant:
+    """A vector of one number."""
+    return ir.Constant(FLOATS, [value] * LANES)
+
+
+def _words(value: int) -> ir.Constant:
+    return ir.Constant(_WORDS, [value] * LANES)
+
+
+def pointer_at(builder: Any, address: Any, element: Any) -> Any:
+    """An address as a pointer to LLVM's type `element`."""
+    return builder.inttoptr(address, element.as_pointer())
+
+
+def offset(builder: Any, address: Any, num_bytes: int) -> Any:
+    """An address some bytes further."""
+    return builder.add(address, _LONG(num_bytes))
+
+
+def multiply_add_of(builder: Any, one: Any, other: Any, added: Any) -> Any:
+    """One times other plus added, fused where the processor can."""
+    kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
+    name = f"llvm.fmuladd.v{LANES}f32"
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, [one, other, added])
+
+
+def broadcast(builder: Any, number: Any) -> Any:
+    """A vector of one fp32 value."""
+    empty = ir.Constant(FLOATS, ir.Undefined)
+    single = builder.insert_element(empty, number, _WORD(0))
+    return builder.shuffle_vector(single, empty, ir.Constant(_WORDS, [0] * LANES))
+
+
+def widened_from(builder: Any, address: Any, element: Any) -> Any:
+    """`LANES` cache elements at an address, exactly as fp32."""
+    if element == types.float32:
+        return builder.load(pointer_at(builder, address, FLOATS), align=4)
+    if element == types.int16:
+        halves = builder.load(pointer_at(builder, address, _HALVES), align=2)
+        return builder.fpext(halves, FLOATS)
+    shorts = builder.load(pointer_at(builder, address, _SHORTS), align=2)
+    return builder.bitcast(
+        builder.shl(builder.zext(shorts, _WORDS), _words(16)), FLOATS
+    )
+
+
+def narrow_to(builder: Any, address: Any, vector: Any, element: Any) -> None:
+    """Store a vector as cache elements, each rounded to the nearest, ties to even."""
+    if element == types.float32:
+        builder.store(vector, pointer_at(builder, address, FLOATS), align=4)
+        return
+    if element == types.int16:
+        halves = builder.fptrunc(vector, _HALVES)
+        builder.store(halves, pointer_at(builder, address, _HALVES), align=2)
+        return
+    bits = builder.bitcast(vector, _WORDS)
+    odd = builder.and_(builder.lshr(bits, _words(16)), _words(1))
+    rounded = builder.add(bits, builder.add(odd, _words(0x7FFF)))
+    # Rounding up would carry some NaN into infinity.
+    is_nan = builder.fcmp_unordered("uno", vector, vector)
+    rounded = builder.select(is_nan, _words(0x7FC00000), rounded)
+    shorts = builder.trunc(builder.lshr(rounded, _words(16)), _SHORTS)
+    builder.store(shorts, pointer_at(builder, address, _SHORTS), align=2)
+
+
+def prefetch_at(builder: Any, address: Any) -> None:
+    """Bring a line into the second cache; processors do not look as far."""
+    kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _WORD, _WORD, _WORD])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    read, second_cache, data = _WORD(0), _WORD(2), _WORD(1)
+    line = pointer_at(builder, address, _BYTE)
+    builder.call(function, [line, read, second_cache, data])
+
+
+def _polynomial(builder: Any, x: Any, coefficients: list[float]) -> Any:
+    total = constant(coefficients[0])
+    for coefficient in coefficients[1:]:
+        total = multiply_add_of(builder, total, x, constant(coefficient))
+    return total
+
+
+_ROUND = 1.5 * 2**23  # added to a number below 2^22, leaves its integer in the low bits
+_LOG2_E = 1.44269504088896341
+_LN_2 = 0.693359375, -2.12194440e-4  # the first has few bits: products are exact
+_EXP = [1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3]
+_EXP += [4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1]
+_LOWEST, _HIGHEST = -87.3, 88.0
+
+
+def exponential_of(builder: Any, x: Any) -> Any:
+    """Exponential up to 88, as Cephes: within 2 ulp; below -87.3 it is 0."""
+    # NaN passes every comparison below unchanged.
+    too_high = builder.fcmp_ordered(">", x, constant(_HIGHEST))
+    x = builder.select(too_high, constant(_HIGHEST), x)
+    shifted = multiply_add_of(builder, x, constant(_LOG2_E), constant(_ROUND))
+    power = builder.fsub(shifted, constant(_ROUND))
+    rest = multiply_add_of(builder, power, constant(-_LN_2[0]), x)
+    rest = multiply_add_of(builder, power, constant(-_LN_2[1]), rest)
+    curve = _polynomial(builder, rest, _EXP)
+    square = builder.fmul(rest, rest)
+    near_1 = multiply_add_of(builder, curve, square, rest)
+    near_1 = builder.fadd(near_1, constant(1.0))
+    exponent = builder.shl(builder.bitcast(shifted, _WORDS), _words(23))
+    bits = builder.add(builder.bitcast(near_1, _WORDS), exponent)
+    is_nan = builder.fcmp_unordered("uno", x, x)
+    result = builder.select(is_nan, x, builder.bitcast(bits, FLOATS))
+    too_low = builder.fcmp_ordered("<", x, constant(_LOWEST))
+    return builder.select(too_low, constant(0.0), result)
+
+
+_TANH = [-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2]
+_TANH += [1.33314422036e-1, -3.33332819422e-1]
+
+
+def _absolute_and_sign(builder: Any, x: Any) -> tuple[Any, Any]:
+    bits = builder.bitcast(x, _WORDS)
+    absolute = builder.and_(bits, _words(0x7FFFFFFF))
+    return builder.bitcast(absolute, FLOATS), builder.and_(bits, _words(0x80000000))
+
+
+def tanh_of(builder: Any, x: Any) -> Any:
+    """Hyperbolic tangent, as Cephes."""
+    size, sign = _absolute_and_sign(builder, x)
+    square = builder.fmul(x, x)
+    curve = builder.fmul(_polynomial(builder, square, _TANH), square)
+    small = multiply_add_of(builder, curve, x, x)
+    power = exponential_of(builder, builder.fadd(size, size))
+    ratio = builder.fdiv(constant(2.0), builder.fadd(power, constant(1.0)))
+    far = builder.fsub(constant(1.0), ratio)
+    far = builder.bitcast(builder.or_(builder.bitcast(far, _WORDS), sign), FLOATS)
+    return builder.select(builder.fcmp_ordered(">", size, constant(0.625)), far, small)
+
+
+def _larger_of(builder: Any, one: Any, other: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", one, other), one, other)
+
+
+# What compiled loops call.
+
+
+def _of_one(build: Callable[..., Any]) -> Any:
+    def operation(_context: Any, one: Any) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+            return build(builder, *values)
+
+        return VECTOR(VECTOR), generate
+
+    return intrinsic(operation)
+
+
+def _of_two(build: Callable[..., Any]) -> Any:
+    def operation(_context: Any, one: Any, other: Any) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+            return build(builder, *values)
+
+        return VECTOR(VECTOR, VECTOR), generate
+
+    return intrinsic(operation)
+
+
+exponential = _of_one(exponential_of)
+tanh = _of_one(tanh_of)
+add = _of_two(lambda builder, one, other: builder.fadd(one, other))
+subtract = _of_two(lambda builder, one, other: builder.fsub(one, other))
+multiply = _of_two(lambda builder, one, other: builder.fmul(one, other))
+larger = _of_two(_larger_of)
+"""The first where it is larger, else the second: NaN in the first is passed over."""
+
+
+@intrinsic
+def multiply_add(_context: Any, one: Any, other: Any, added: Any) -> Any:
+    """One times other plus added."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        return multiply_add_of(builder, *values)
+
+    return VECTOR(VECTOR, VECTOR, VECTOR), generate
+
+
+@intrinsic
+def splat(_context: Any, number: Any) -> Any:
+    """A vector of one fp32 value."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        return broadcast(builder, values[0])
+
+    return VECTOR(types.float32), generate
+
+
+def _reduction(name: str, start: list[ir.Constant]) -> Any:
+    def operation(_context: Any, vector: Any) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+            kinds = [value.type for value in start]
+            function = cgutils.get_or_insert_function(
+                builder.module,
+                ir.FunctionType(_FLOAT, [*kinds, FLOATS]),
+                f"llvm.vector.reduce.{name}.v{LANES}f32",
+            )
+            return builder.call(function, [*start, values[0]], fastmath=("reassoc",))
+
+        return types.float32(VECTOR), generate
+
+    return intrinsic(operation)
+
+
+sum_of = _reduction("fadd", [_FLOAT(-0.0)])
+largest_of = _reduction("fmax", [])
+
+
+@intrinsic
+def load(_context: Any, address: Any) -> Any:
+    """`LANES` numbers in fp32 from an address on."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        return widened_from(builder, values[0], types.float32)
+
+    return VECTOR(types.int64), generate
+
+
+@intrinsic
+def store(_context: Any, address: Any, vector: Any) -> Any:
+    """Store fp32 from an address on."""
+
+    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        address, vector = values
+        narrow_to(builder, address, vector, types.float32)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, VECTOR), generate
+
+
+def _each_code(builder: Any, code: Any, build: Callable[[Any], Any]) -> list[Any]:
+    """What `build` makes for each element type, and the block where it is made."""
+    after = builder.append_basic_block("after")
+    switch = builder.switch(code, after)
+    made = []
+    for number, element in enumerate(ELEMENTS.values()):
+        block = builder.append_basic_block("element")
+        switch.add_case(_LONG(number), block)
+        with builder.goto_block(block):
+            made.append((build(element), builder.basic_block))
+            builder.branch(after)
+    first = builder.basic_block
+    builder.position_at_end(after)
+    return [(constant(0.0), first), *made]
+
+
+@intrinsic
+def load_as(_context: Any, address: Any, code: Any) -> Any:
+    """`LANES` elements from an address on, of the dtype with a code, as fp32."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        made = _each_code(
+            builder,
+            values[1],
+            lambda element: widened_from(builder, values[0], element),
+        )
+        result = builder.phi(FLOATS)
+        for value, block in made:
+            result.add_incoming(value, block)
+        return result
+
+    return VECTOR(types.int64, types.int64), generate
+
+
+@intrinsic
+def store_as(_context: Any, address: Any, vector: Any, code: Any) -> Any:
+    """Store elements of the dtype with a code, rounded to the nearest."""
+
+    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        address, vector, code = values
+        _each_code(
+            builder, code, lambda element: narrow_to(builder, address, vector, element)
+        )
+        return context.get_dummy_value()
+
+    return types.void(types.int64, VECTOR, types.int64), generate
+
+
+@intrinsic
+def keep_marked(_context: Any, marks: Any, vector: Any) -> Any:
+    """A vector with -inf where the byte at address `marks` is 0."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        kind = ir.VectorType(_BYTE, LANES)
+        marks = builder.load(pointer_at(builder, values[0], kind), align=1)
+        marked = builder.icmp_unsigned("!=", marks, ir.Constant(kind, [0] * LANES))
+        return builder.select(marked, values[1], constant(float("-inf")))
+
+    return VECTOR(types.int64, VECTOR), generate
