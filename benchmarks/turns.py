@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     pictures = Pictures(args.seed)
     if args.images:
         report_turns(model, pictures, args)
-    if args.chats:
-        report_together("chats", args.chats, args.pool_requests, model, pictures, args)
+    for pool_requests in args.pool_requests if args.chats else ():
+        report_together("chats", args.chats, pool_requests, model, pictures, args)
     if args.questions:
         report_together(
             "questions", args.questions, args.question_pool, model, pictures, args
@@ -77,10 +77,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--pool-requests",
         type=float,
-        default=3.5,
-        help="last turns `chats` has room for",
+        nargs="+",
+        default=[3.5, 6.5],
+        help="last turns that `chats` has room for; one table for each",
     )
-    add("--question-pool", type=float, default=1.5, help="the same of `questions`")
+    add(
+        "--question-pool",
+        type=float,
+        default=1.5,
+        help="requests that `questions` has room for",
+    )
     add("--store-ratio", type=float, help="S below 1; unless given, avl's default")
     add("--block-size", type=int, default=32, help="of both sides")
     add("--dtype", default="bfloat16", help="of both sides")
@@ -90,13 +96,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.quick:
         args.images, args.output_tokens, args.repeats = [1], 8, 2
         args.chats, args.questions = 3, 4
-        args.pool_images, args.pool_output_tokens, args.pool_requests = 1, 12, 2.2
-        args.num_layers, args.hidden_size, args.num_heads, args.num_kv_heads = (
-            2,
-            128,
-            2,
-            2,
-        )
+        args.pool_images, args.pool_output_tokens, args.pool_requests = 1, 12, [2.2]
+        args.num_layers, args.hidden_size = 2, 128
+        args.num_heads = args.num_kv_heads = 2
     return args
 
 
@@ -291,6 +293,7 @@ def report_together(
         "store_ratio": engines[AVL].in_force["vision_store_ratio"],
         "block_size": args.block_size,
         "pool_tokens": engines[STOCK].pool_tokens,
+        "pool_requests": pool_requests,
         "pictures": args.pool_images,
         "turns": num_turns,
         "output_tokens": args.pool_output_tokens,
