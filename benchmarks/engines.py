@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -22,6 +23,9 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 # Lets `Engine` say how many threads compute.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+STOCK, AVL = "stock", "avl"
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,11 @@ class Run:
     preemptions: int = 0
     adapted: set[str] = field(default_factory=set)
     """Requests that were compacted."""
+    front_end_seconds: float = 0.0
+    """Time to take the requests in; no step's time has any of it."""
+    prompt_tokens: dict[str, int] = field(default_factory=dict)
+    cached_tokens: dict[str, int] = field(default_factory=dict)
+    """Tokens of each prompt that its first try found in the prefix cache."""
 
     @property
     def seconds(self) -> float:
@@ -70,6 +79,29 @@ class Run:
     def cpu_seconds(self) -> float:
         """Processor time of all steps."""
         return sum(self.step_cpu_seconds)
+
+    @property
+    def hit_rate(self) -> float:
+        """Part of the prompts' tokens that the prefix cache had."""
+        return sum(self.cached_tokens.values()) / sum(self.prompt_tokens.values())
+
+    def holds_less_than(self, other: Run) -> bool:
+        """Whether fewer blocks were held at the end; cached ones nobody holds."""
+        return self.pool_use[-1] < other.pool_use[-1]
+
+    @property
+    def first_token_seconds(self) -> float:
+        """Time of the steps up to the first token of any request."""
+        return sum(self.step_seconds[: self._num_first_steps])
+
+    @property
+    def first_token_cpu_seconds(self) -> float:
+        """Processor time of the same steps."""
+        return sum(self.step_cpu_seconds[: self._num_first_steps])
+
+    @property
+    def _num_first_steps(self) -> int:
+        return 1 + next(step for step, count in enumerate(self.running) if count)
 
     @property
     def output_tokens(self) -> int:
@@ -105,6 +137,17 @@ def requests(
         )
         for index in range(count)
     ]
+
+
+def median(runs: Sequence[Run], value: Callable[[Run], float]) -> float:
+    """Median over runs."""
+    return float(statistics.median(map(value, runs)))
+
+
+def rotated(items: list[Any], count: int) -> list[Any]:
+    """Return `items` from another one on, so that none is always first."""
+    start = count % len(items)
+    return items[start:] + items[:start]
 
 
 def store(ratio: float | None) -> dict[str, float] | None:
@@ -158,11 +201,43 @@ class Engine:
         coordinator = self._inside.scheduler.kv_cache_manager.coordinator
         return coordinator.single_type_managers[0].block_size
 
+    @property
+    def worker(self) -> Any:
+        """The worker, which holds the model runner."""
+        return self._inside.core.model_executor.driver_worker.worker
+
+    @property
+    def in_force(self) -> dict[str, object]:
+        """What the running engine says of itself, whatever it was asked for."""
+        from vllm_avl.config import parse_config
+
+        config = self._engine.vllm_config
+        ours = "avl" in config.additional_config
+        (groups,) = self.worker.model_runner.attn_groups
+        (group,) = groups
+        return {
+            "backend": group.backend.get_name(),
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "block_size": self.block_size,
+            "pool_tokens": self.pool_tokens,
+            "prefix_caching": config.cache_config.enable_prefix_caching,
+            **(parse_config(config.additional_config).model_dump() if ours else {}),
+        }
+
+    def describe(self) -> str:
+        """Return `in_force` in a line."""
+        return ", ".join(f"{name} {value}" for name, value in self.in_force.items())
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of `tokens`."""
+        return self._inside.llm.get_tokenizer().decode(tokens)
+
     def run(
         self,
         workload: Sequence[Request],
         xargs: Mapping[str, Any] | None = None,
         on_tokens: Callable[[int], object] = lambda count: None,
+        **options: Any,
     ) -> Run:
         """Serve `workload`, all of it waiting from the start, with a cold prefix cache.
 
@@ -170,8 +245,9 @@ class Engine:
             workload: the requests.
             xargs: of every request; None leaves a stock engine alone.
             on_tokens: told how many tokens each step generated.
+            options: of `steps`.
         """
-        steps = self.steps(workload, xargs)
+        steps = self.steps(workload, xargs, **options)
         while True:
             try:
                 on_tokens(next(steps))
@@ -179,16 +255,36 @@ class Engine:
                 return end.value
 
     def steps(
-        self, workload: Sequence[Request], xargs: Mapping[str, Any] | None = None
+        self,
+        workload: Sequence[Request],
+        xargs: Mapping[str, Any] | None = None,
+        *,
+        follow: Callable[[int, list[int]], Request | None] = lambda index, tokens: None,
+        keeps_cache: bool = False,
     ) -> Generator[int, None, Run]:
         """Serve as `run` does; yield the tokens of each step, return the run.
 
         The clock covers the engine's steps: images are resized before, in the front
         end, which a server runs in another process.
+
+        Args:
+            workload: the requests.
+            xargs: of every request; None leaves a stock engine alone.
+            follow: given the place of a finished request in the workload and its
+                tokens, returns what is asked next in that place, None for nothing.
+            keeps_cache: whether prefixes of earlier runs may be hit.
         """
-        self._engine.reset_prefix_cache()
-        order = [self._add(request, xargs) for request in workload]
-        run = Run()
+        if not keeps_cache:
+            self._engine.reset_prefix_cache()
+        run, places = Run(), dict[str, int]()
+
+        def add(request: Request, place: int) -> None:
+            before = time.perf_counter()
+            places[self._add(request, xargs)] = place
+            run.front_end_seconds += time.perf_counter() - before
+
+        for place, request in enumerate(workload):
+            add(request, place)
         undo = _record(self._inside.scheduler, run)
         while self._engine.has_unfinished_requests():
             before, cpu_before = time.perf_counter(), time.process_time()
@@ -196,10 +292,16 @@ class Engine:
             run.step_seconds.append(time.perf_counter() - before)
             run.step_cpu_seconds.append(time.process_time() - cpu_before)
             for output in finished:
-                run.outputs[output.request_id] = list(output.outputs[0].token_ids)
+                tokens = list(output.outputs[0].token_ids)
+                run.outputs[output.request_id] = tokens
+                run.prompt_tokens[output.request_id] = len(output.prompt_token_ids)
+                run.cached_tokens[output.request_id] = output.num_cached_tokens
+                place = places[output.request_id]
+                if (request := follow(place, tokens)) is not None:
+                    add(request, place)
             yield run.running[-1]
         undo()
-        run.outputs = {request_id: run.outputs[request_id] for request_id in order}
+        run.outputs = {request_id: run.outputs[request_id] for request_id in places}
         return run
 
     def close(self) -> None:

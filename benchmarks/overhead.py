@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import arguments
 import checkpoints
-from engines import Engine, Request, Run, requests, store
+from engines import Engine, Request, Run, requests, rotated, store
 from report import append_rows, machine, print_heading, print_table, spread
 from tqdm import tqdm
 
@@ -131,12 +131,6 @@ def measure(
                 runs[name, count].append(run)
                 progress.update()
     return runs, shares
-
-
-def rotated(items: list[Any], count: int) -> list[Any]:
-    """Return `items` from another one on, so that none is always first."""
-    start = count % len(items)
-    return items[start:] + items[:start]
 
 
 @contextmanager

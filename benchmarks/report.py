@@ -70,6 +70,12 @@ def append_rows(file: Path, rows: Sequence[Mapping[str, object]]) -> None:
         writer.writerows({k: _text(v) for k, v in row.items()} for row in rows)
 
 
+def last_rows(file: Path, count: int) -> list[dict[str, str]]:
+    """Return the last `count` rows of a CSV file."""
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))[-count:]
+
+
 def spread(name: str, values: Sequence[float]) -> dict[str, Any]:
     """Return median, 10th and 90th percentile as columns that begin with `name`."""
     if len(values) == 1:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = ["concurrency.py", "overhead.py", "memory.py", "decode.py", "operation.py"]
+SCRIPTS = [
+    *("concurrency.py", "overhead.py", "memory.py", "decode.py", "operation.py"),
+    *("turns.py", "host_time.py"),
+]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 

@@ -1,0 +1,314 @@
+"""Chats about pictures with the prefix cache on, and what a later turn costs.
+
+`turns` asks one request at a time: a turn's prompt is the whole chat so far, and the
+time to its first token is what the prefix cache did not save. Stock and `avl` answer
+the turns of the same chats in turn. TTFT counts from adding the request, which resizes
+the pictures in this process; `steps_ratio` is of the engine's steps alone. `chats` has
+several chats at once in a pool that is short, each asking on as soon as it is answered.
+`questions` has many different questions about the same pictures, which were asked about
+before, in a pool that is shorter still. Answers are greedy and of one length.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+
+import arguments
+import checkpoints
+import short_pool
+from conversation import Pictures, ask, begin, longest
+from engines import AVL, STOCK, Engine, Run, median, rotated
+from plots import draw_turns
+from report import append_rows, last_rows, machine, print_heading, print_table, spread
+from short_pool import Load
+from tqdm import tqdm
+
+from vllm_avl.testing.models import ModelSize
+
+SIZE = ModelSize(
+    hidden_size=512,
+    intermediate_size=1024,
+    num_layers=8,
+    num_heads=8,
+    num_kv_heads=8,
+    vision_hidden_size=32,
+    vision_num_heads=1,
+    vision_intermediate_size=64,
+)
+Engines = dict[str, Engine]
+Turns = dict[tuple[int, int], dict[str, list[Run]]]
+"""By pictures and turn, then by engine, one a repeat."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure each part, print its table and append to its CSV; draw the turns."""
+    args = parse(argv)
+    model = checkpoints.build(args.checkpoints, arguments.model_size(args), args.dtype)
+    pictures = Pictures(args.seed)
+    if args.images:
+        report_turns(model, pictures, args)
+    for pool_requests in args.pool_requests if args.chats else ():
+        report_together("chats", args.chats, pool_requests, model, pictures, args)
+    if args.questions:
+        report_together(
+            "questions", args.questions, args.question_pool, model, pictures, args
+        )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = arguments.make_parser(__doc__, SIZE)
+    parser.set_defaults(repeats=7)
+    add = parser.add_argument
+    add(
+        "--images",
+        type=int,
+        nargs="*",
+        default=[1, 4],
+        help="pictures of a chat in `turns`, 576 tokens each; none leaves it out",
+    )
+    add("--turns", type=int, default=3, help="of every chat")
+    add("--output-tokens", type=int, default=16, help="of an answer in `turns`")
+    add("--chats", type=int, default=8, help="at once in `chats`; 0 leaves it out")
+    add("--questions", type=int, default=16, help="in `questions`; 0 leaves it out")
+    add("--pool-images", type=int, default=4, help="pictures in the last two parts")
+    add("--pool-output-tokens", type=int, default=64, help="of an answer there")
+    add(
+        "--pool-requests",
+        type=float,
+        nargs="+",
+        default=[3.5, 6.5],
+        help="last turns that `chats` has room for; one table for each",
+    )
+    add(
+        "--question-pool",
+        type=float,
+        default=1.5,
+        help="requests that `questions` has room for",
+    )
+    add("--store-ratio", type=float, help="S below 1; unless given, avl's default")
+    add("--block-size", type=int, default=32, help="of both sides")
+    add("--dtype", default="bfloat16", help="of both sides")
+    args = parser.parse_args(argv)
+    if args.store_ratio is not None and args.store_ratio >= 1:
+        parser.error(f"--store-ratio {args.store_ratio:g} must be below 1")
+    if args.quick:
+        args.images, args.output_tokens, args.repeats = [1], 8, 2
+        args.chats, args.questions = 3, 4
+        args.pool_images, args.pool_output_tokens, args.pool_requests = 1, 12, [2.2]
+        args.num_layers, args.hidden_size = 2, 128
+        args.num_heads = args.num_kv_heads = 2
+    return args
+
+
+def start(
+    model: checkpoints.Model, pool_tokens: int, length: int, args: argparse.Namespace
+) -> Engines:
+    """Start stock and `avl` with the same options; avl's settings are its defaults."""
+    ratio = args.store_ratio
+    settings = {} if ratio is None else {"vision_store_ratio": ratio}
+    blocks = -(-pool_tokens // args.block_size) + 1
+    engines = {
+        name: Engine(
+            model,
+            settings=of_plugin,
+            pool_bytes=blocks * args.block_size * model.bytes_per_token,
+            block_size=args.block_size,
+            max_num_seqs=max(args.chats, args.questions, 1),
+            max_model_len=length + args.block_size,
+            threads=args.threads,
+        )
+        for name, of_plugin in ((STOCK, None), (AVL, settings))
+    }
+    for name, engine in engines.items():
+        print(f"{name}: {engine.describe()}")
+        if not engine.in_force["prefix_caching"]:
+            raise SystemExit(f"{name} has no prefix cache: nothing was timed")
+    return engines
+
+
+def check(engines: Engines, pictures: Pictures, args: argparse.Namespace) -> None:
+    """Refuse to time anything unless `avl: 0` is stock in every turn, and S is not.
+
+    Tokens and hits must be the same, and by its defaults `avl` must hold fewer blocks.
+    """
+    for num_images in args.images or [args.pool_images]:
+        images = pictures.take(num_images)
+        runs = {}
+        for name, xargs in ((STOCK, None), (AVL, {"avl": 0}), ("adaptive", None)):
+            chat = begin(images, args.output_tokens)
+            engine = engines[STOCK if name == STOCK else AVL]
+            runs[name] = [ask(engine, chat, xargs)[0] for _ in range(args.turns)]
+        for turn, (stock, off, adaptive) in enumerate(zip(*runs.values(), strict=True)):
+            where = f"turn {turn + 1} with {num_images} pictures"
+            pairs = zip(stock.outputs.values(), off.outputs.values(), strict=True)
+            if any(theirs != ours for theirs, ours in pairs):
+                raise SystemExit(f"{where}: `avl: 0` and stock give different tokens")
+            if not adaptive.holds_less_than(stock):
+                raise SystemExit(f"{where}: avl holds as many blocks as stock")
+    print(
+        f"checked: `avl: 0` gives stock's tokens in {args.turns} turns; avl holds less"
+    )
+
+
+def report_turns(
+    model: checkpoints.Model, pictures: Pictures, args: argparse.Namespace
+) -> None:
+    """Measure one turn at a time, and print, append and draw what was found."""
+    length = longest(max(args.images), args.turns, args.output_tokens)
+    engines = start(model, 2 * length, length, args)
+    check(engines, pictures, args)
+    turns = measure_turns(engines, pictures, args)
+    rows = summarize_turns(turns, engines[STOCK])
+    settings = {
+        "model": model.describe(),
+        "store_ratio": engines[AVL].in_force["vision_store_ratio"],
+        "block_size": args.block_size,
+        "output_tokens": args.output_tokens,
+        "repeats": args.repeats,
+    }
+    facts, file = {**machine(), **settings}, args.results / "turns.csv"
+    if not args.quick:
+        append_rows(file, [{**facts, **row} for row in rows])
+    draw_turns(
+        rows if args.quick else last_rows(file, len(rows)),
+        args.results / f"turns{'-quick' if args.quick else ''}.png",
+    )
+    print_heading("A turn of a chat, one request at a time", facts)
+    print_table([shorten(row) for row in rows])
+    for engine in engines.values():
+        engine.close()
+
+
+def measure_turns(
+    engines: Engines, pictures: Pictures, args: argparse.Namespace
+) -> Turns:
+    """Hold chats about fresh pictures, every turn on each engine in turn."""
+    turns: Turns = {}
+    total = args.repeats * len(args.images) * args.turns * len(engines)
+    with tqdm(total=total, unit="turn", disable=None) as progress:
+        for repeat in range(args.repeats):
+            for num_images in args.images:
+                images = pictures.take(num_images)
+                chats = {name: begin(images, args.output_tokens) for name in engines}
+                for turn in range(1, args.turns + 1):
+                    runs = turns.setdefault(
+                        (num_images, turn), {name: [] for name in engines}
+                    )
+                    for name in rotated(list(engines), repeat + turn):
+                        progress.set_description(f"{num_images} pictures, {name}")
+                        runs[name].append(ask(engines[name], chats[name])[0])
+                        progress.update()
+    return turns
+
+
+def summarize_turns(turns: Turns, stock: Engine) -> list[dict[str, object]]:
+    """Return a row for each number of pictures and turn; over 1 means slower."""
+    rows = []
+    num_blocks = stock.pool_tokens / stock.block_size
+    for (num_images, turn), runs in turns.items():
+        row: dict[str, object] = {
+            "pictures": num_images,
+            "turn": turn,
+            "prompt_tokens": median(runs[STOCK], lambda r: prompt_tokens(r)),
+        }
+        for name, of_one in runs.items():
+            row |= {
+                **spread(f"{name}_ttft_ms", [1e3 * ttft(run) for run in of_one]),
+                f"{name}_front_end_ms": median(
+                    of_one, lambda run: 1e3 * run.front_end_seconds
+                ),
+                f"{name}_answer_ms": median(of_one, lambda run: 1e3 * whole(run)),
+                f"{name}_hits": median(of_one, hits),
+                f"{name}_blocks": median(
+                    of_one, lambda run: num_blocks * run.pool_use[-1]
+                ),
+            }
+        row |= ratios("ratio", runs, ttft)
+        row |= ratios("steps_ratio", runs, lambda run: run.first_token_seconds)
+        row |= ratios("cpu_ratio", runs, lambda run: run.first_token_cpu_seconds)
+        row |= ratios("answer_ratio", runs, whole)
+        rows.append(row)
+    return rows
+
+
+def ttft(run: Run) -> float:
+    """Seconds from adding the only request to its first token."""
+    return run.front_end_seconds + run.first_token_seconds
+
+
+def whole(run: Run) -> float:
+    """Seconds from adding the only request to the end of its answer."""
+    return run.front_end_seconds + run.seconds
+
+
+def hits(run: Run) -> int:
+    """Tokens of the prompt that the prefix cache had."""
+    return sum(run.cached_tokens.values())
+
+
+def prompt_tokens(run: Run) -> int:
+    """Length of the prompt."""
+    return sum(run.prompt_tokens.values())
+
+
+def ratios(
+    name: str, runs: Mapping[str, Sequence[Run]], value: Callable[[Run], float]
+) -> dict[str, float]:
+    """Return avl's value over stock's of the same turn and repeat."""
+    pairs = zip(runs[AVL], runs[STOCK], strict=True)
+    return spread(name, [value(ours) / value(theirs) for ours, theirs in pairs])
+
+
+def shorten(row: Mapping[str, object]) -> dict[str, object]:
+    """Leave the percentiles of all but the ratio, and CPU ratios, to the CSV."""
+    return {
+        name: value
+        for name, value in row.items()
+        if name.startswith("ratio") or not ("_p" in name[-4:] or "cpu" in name)
+    }
+
+
+def report_together(
+    part: str,
+    count: int,
+    pool_requests: float,
+    model: checkpoints.Model,
+    pictures: Pictures,
+    args: argparse.Namespace,
+) -> None:
+    """Measure `count` requests at once in a short pool, print and append the rows."""
+    num_turns = args.turns if part == "chats" else 1
+    length = longest(args.pool_images, num_turns, args.pool_output_tokens)
+    length += args.block_size  # a question's number, and rounding to whole blocks
+    engines = start(model, int(pool_requests * length), length, args)
+    load = Load(part, count, args.pool_images, num_turns, args.pool_output_tokens)
+    short_pool.check(load, engines, pictures)
+    rows = short_pool.summarize(
+        short_pool.measure(load, engines, pictures, args.repeats)
+    )
+    settings = {
+        "model": model.describe(),
+        "store_ratio": engines[AVL].in_force["vision_store_ratio"],
+        "block_size": args.block_size,
+        "pool_tokens": engines[STOCK].pool_tokens,
+        "pool_requests": pool_requests,
+        "pictures": args.pool_images,
+        "turns": num_turns,
+        "output_tokens": args.pool_output_tokens,
+        "repeats": args.repeats,
+        "part": part,
+        "requests_at_once": count,
+    }
+    facts = {**machine(), **settings}
+    if not args.quick:
+        append_rows(args.results / "chats.csv", [{**facts, **row} for row in rows])
+    print_heading(f"Requests at once in a short pool: {part}", facts)
+    print_table([{k: v for k, v in row.items() if "cpu" not in k} for row in rows])
+    for engine in engines.values():
+        engine.close()
+
+
+if __name__ == "__main__":
+    main()
