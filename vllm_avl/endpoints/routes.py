@@ -87,17 +87,24 @@ def attach(app: FastAPI, may_read: Callable[[Request], bool]) -> None:
     """
     page = APIRouter(prefix="/avl", include_in_schema=False)
 
+    files = _Files(directory=STATIC)
+
+    # Addresses are relative and nothing is mounted: a proxy may have put a prefix in
+    # front, and may have told the server (--root-path) or not.
     @page.get("")
-    async def redirect(request: Request) -> RedirectResponse:
-        return RedirectResponse(f"{request.scope.get('root_path', '')}/avl/")
+    async def redirect() -> RedirectResponse:
+        return RedirectResponse("avl/")
 
     @page.get("/")
     async def show() -> FileResponse:
         return FileResponse(STATIC / "index.html", headers=HEADERS)
 
+    @page.api_route("/static/{name}", methods=["GET", "HEAD"])
+    async def file(request: Request, name: str) -> Response:
+        return await files.get_response(name, request.scope)
+
     app.include_router(page)
     app.include_router(_data(may_read))
-    app.mount("/avl/static", _Files(directory=STATIC), name="avl-static")
 
 
 def _data(may_read: Callable[[Request], bool]) -> APIRouter:
