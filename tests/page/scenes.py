@@ -97,7 +97,7 @@ def picture(**changes: Any) -> schema.Picture:
     return schema.Picture(**(values | changes))
 
 
-def detail(name: str = "chatcmpl-91c0f6", **changes: Any) -> schema.Detail:
+def detail(name: str = "chatcmpl-91c0f6", /, **changes: Any) -> schema.Detail:
     """A finished request of a small LLaVA, unless told otherwise."""
     tokens = [f"{WORDS[i % len(WORDS)]} " for i in range(STEPS + 1)]
     settings = AVLConfig(vision_core_ratio=0.3, introspection=16)

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from vllm.config import VllmConfig
+from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.engine import EngineCoreRequest
 
 from vllm_avl.cache.admission import embedded_ranges, is_vision
@@ -83,19 +84,16 @@ class Ask:
         """Note a request that is on its way to the engine."""
         features = request.mm_features or ()
         self._unsent -= {f.mm_hash for f in features if f.data is not None}
-        parts = [
-            Part(
-                list(embedded_ranges(feature)),
-                self._pictures.get((feature.modality, feature.mm_hash)),
-            )
-            for feature in features
-            if is_vision(feature)
-        ]
+        limit = self.config.introspection
+        parts = [self._part(f) for f in features if limit and is_vision(f)]
         record = RECORDS.begin(request.request_id, parts)
         self.records[request.request_id] = record
-        if self.config.introspection and self.config.show_content and parts:
-            limit = self.config.introspection
+        if self.config.show_content and parts:
             RECORDS.keep_content(request.request_id, record, limit)
+
+    def _part(self, feature: MultiModalFeatureSpec) -> Part:
+        picture = self._pictures.get((feature.modality, feature.mm_hash))
+        return Part(list(embedded_ranges(feature)), picture)
 
     def forget_unsent(self) -> None:
         """Forget pictures that were rendered for requests that were refused."""
@@ -132,7 +130,7 @@ def note_pictures(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         ask = current()
         making = original(self, prompt, skip_mm_cache=skip_mm_cache)
-        if ask is None or not prompt.get("multi_modal_data"):
+        if ask is None or skip_mm_cache or not prompt.get("multi_modal_data"):
             return await making
         made = await _undone_if_left(making, self)
         ask.rendered(prompt, made)
