@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         soak = Soak(args, progress, facts)
         try:
             expected = soak_one(soak, model)
-            soak_small(soak, model, expected)
+            soak_small(soak, model)
             kill_one(soak, model, expected)
             vllms_own = compare_with_stock(soak, model)
         except (ServerError, httpx.HTTPError) as error:
@@ -191,8 +191,11 @@ def soak_one(soak: Soak, model: Path) -> Expected:
     return expected
 
 
-def soak_small(soak: Soak, model: Path, expected: Expected) -> None:
-    """Soak a server whose encoder cache holds one picture; quick runs leave it out."""
+def soak_small(soak: Soak, model: Path) -> None:
+    """Soak a server whose encoder cache holds one picture; quick runs leave it out.
+
+    It computes prompts in other chunks, so its answers are its own.
+    """
     args = soak.args
     if args.quick:
         return
@@ -201,6 +204,10 @@ def soak_small(soak: Soak, model: Path, expected: Expected) -> None:
         target.start(model, log, args.start_seconds, target.SMALL) as server,
         target.told_if_it_ends(server),
     ):
+        ledger, start = soak.begin("idle, small"), time.monotonic()
+        with Watch(server) as watch:
+            expected = probes.learn(server, ledger)
+        settle(soak, "idle, small", server, ledger, watch, start)
         named = names.Names(server, expected, names.learn(server))
         late = faults.Faults(server, list(faults.refused_late(server)), 0)
         activities = [named, late, bursts_of(server, expected)]
