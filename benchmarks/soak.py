@@ -4,8 +4,9 @@ Load is `vllm bench serve --dataset-name random-mm`, two clients, each run with 
 settings, into a pool that holds two of the longest requests: some wait, some are
 preempted. Meanwhile fixed greedy questions are sent every ten seconds, and in each
 phase another kind of fault: clients that leave, bad requests, bad pictures, many times
-what the pool holds at once, requests that schemathesis makes of the server's own
-description. After each phase the server must hold no block; in the end its engine is
+what the pool holds at once, requests under one id, requests that schemathesis makes of
+the server's own description. One more phase has a server whose encoder cache holds a
+single picture. After each phase the server must hold no block; in the end its engine is
 killed, and a fresh server must answer the same. A 5xx is sent to stock vLLM too.
 
 The exit status is 1 if a condition does not hold; each is printed.
@@ -28,7 +29,7 @@ from pathlib import Path
 import httpx
 from arguments import CHECKPOINTS
 from report import RESULTS, append_rows, machine, print_heading, print_table
-from soaking import faults, probes, stock, target
+from soaking import faults, names, probes, stock, target
 from soaking.aborts import Aborts
 from soaking.fuzz import REQUIREMENT, Fuzz
 from soaking.kill import kill
@@ -46,6 +47,8 @@ WORKER = "VLLM::Worker_TP1"
 TENSOR_PARALLEL = (*target.AVL, "--tensor-parallel-size", "2")
 TWO_WORKERS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 BURST_PAUSE_SECONDS = 5
+PHASES = 7
+"""Of load, for a phase that has a server of its own and as much time."""
 NUM_LOADS = 2
 COLUMNS = (
     *("load requests", "load tokens", "probe rounds", "probes", "probes differing"),
@@ -102,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         soak = Soak(args, progress, facts)
         try:
             expected = soak_one(soak, model)
+            soak_small(soak, model)
             kill_one(soak, model, expected)
             vllms_own = compare_with_stock(soak, model)
         except (ServerError, httpx.HTTPError) as error:
@@ -187,6 +191,29 @@ def soak_one(soak: Soak, model: Path) -> Expected:
     return expected
 
 
+def soak_small(soak: Soak, model: Path) -> None:
+    """Soak a server whose encoder cache holds one picture; quick runs leave it out.
+
+    It computes prompts in other chunks, so its answers are its own.
+    """
+    args = soak.args
+    if args.quick:
+        return
+    log = args.logs / "small.log"
+    with (
+        target.start(model, log, args.start_seconds, target.SMALL) as server,
+        target.told_if_it_ends(server),
+    ):
+        ledger, start = soak.begin("idle, small"), time.monotonic()
+        with Watch(server) as watch:
+            expected = probes.learn(server, ledger)
+        settle(soak, "idle, small", server, ledger, watch, start)
+        named = names.Names(server, expected, names.learn(server))
+        late = faults.Faults(server, list(faults.refused_late(server)), 0)
+        activities = [named, late, bursts_of(server, expected)]
+        run_phase(soak, "small encoder cache", server, expected, activities, PHASES)
+
+
 def check_after_all(
     soak: Soak, server: Server, expected: Expected, began: Sequence[int]
 ) -> None:
@@ -206,22 +233,29 @@ def check_after_all(
     settle(soak, "after all", server, ledger, watch, start)
 
 
-def plan(
-    args: argparse.Namespace, server: Server, expected: Expected, load: Sequence[Load]
-) -> Mapping[str, Sequence[Activity]]:
-    """Return the phases of load, and what goes on in each beside the probes."""
+def bursts_of(server: Server, expected: Expected) -> Activity:
+    """Return what sends bursts until it is told to stop."""
 
     def bursts(stop: threading.Event, ledger: Ledger) -> None:
         while not stop.is_set():
             probes.burst(server, expected, ledger)
             stop.wait(BURST_PAUSE_SECONDS)
 
+    return bursts
+
+
+def plan(
+    args: argparse.Namespace, server: Server, expected: Expected, load: Sequence[Load]
+) -> Mapping[str, Sequence[Activity]]:
+    """Return the phases of load, and what goes on in each beside the probes."""
+    named = names.Names(server, expected, names.learn(server))
     kinds: dict[str, list[Activity]] = {
         "load": [],
+        "one name for all": [named],
         "clients that leave": [Aborts(server, seed) for seed in range(2)],
         "bad requests": [faults.Faults(server, list(faults.bad_requests(server)), 0)],
         "bad pictures": [faults.Faults(server, list(faults.bad_pictures(server)), 0)],
-        "full pool": [bursts],
+        "full pool": [bursts_of(server, expected)],
     }
     everything = [activity for kind in kinds.values() for activity in kind]
     phases = {name: [*load, *kind] for name, kind in kinds.items()}

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from vllm_avl import plot
 from vllm_avl.config import parse_config
+from vllm_avl.pictures import as_seen
 
 DEFAULTS = parse_config({})
 LENGTH = 64
@@ -191,8 +192,8 @@ def draw(args: argparse.Namespace) -> None:
         InspectError: there is nothing to draw.
     """
     try:
-        picture = Image.open(args.image).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+        picture = as_seen(Image.open(args.image))
+    except (OSError, Image.DecompressionBombError) as error:
         raise InspectError(f"{args.image}: {error}") from error
     answer, report, hf_config = ask(args, picture)
     size = plot.num_layers(report)

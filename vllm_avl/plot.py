@@ -23,6 +23,7 @@ from pydantic import BaseModel
 from vllm_avl.endpoints.geometry import VisionModel, grids
 from vllm_avl.endpoints.schema import Grid
 from vllm_avl.painting import Patch, State, mount, paint
+from vllm_avl.pictures import as_seen
 
 STRIP_COLUMNS = 32
 
@@ -45,7 +46,8 @@ def overlay(
 
     Args:
         request: of the server, or of a worker.
-        picture: that was asked about; by default the one that the server kept.
+        picture: that was asked about, turned by its EXIF data as vLLM turned it; by
+            default the one that the server kept.
         layer: counted from 0.
         step: decode step after which core is shown, 0 for the prompt; by default now.
         head: KV head, where heads store other tokens than each other.
@@ -59,6 +61,8 @@ def overlay(
     fields = _fields(request)
     ranges, laid_out, kept = _picture(fields, number)
     picture = picture or kept
+    if picture is not None:
+        picture = as_seen(picture)
     if not laid_out and picture is not None and hf_config is not None:
         model = VisionModel.of(hf_config)
         laid_out = grids(model, picture.width, picture.height, ranges)

@@ -15,10 +15,19 @@ import httpx
 from soaking import pictures
 from soaking.ledger import Ledger, Suspect
 from soaking.target import MAX_IMAGES, MAX_MODEL_LEN, body
-from vllm_avl.testing.server import Server, data_url, free_port, user_message
+from vllm_avl.testing import models
+from vllm_avl.testing.server import (
+    Server,
+    data_url,
+    free_port,
+    picture_url,
+    user_message,
+)
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+RESPONSES = "/v1/responses"
+MESSAGES = "/v1/messages"
 JSON = "application/json"
 PAUSE_SECONDS = 0.2
 LIMIT_SECONDS = 300
@@ -128,6 +137,54 @@ def bad_requests(server: Server) -> Iterator[Fault]:
         question = {"model": server.model, "prompt": prompt}
         yield _fault(name, question, reason, path=COMPLETIONS)
     yield from _malformed(body(server, []))
+    yield from refused_late(server)
+    yield from _page()
+
+
+def refused_late(server: Server) -> Iterator[Fault]:
+    """Yield requests that are refused when their pictures have been read.
+
+    Each has a picture of its own: the engine must not be taken to know it.
+    """
+    late = (
+        ("min_tokens 100", {"min_tokens": 100}, "min_tokens must be less than"),
+        ("logit_bias of no token", {"logit_bias": {"99999999": 1}}, "logit_bias"),
+        (
+            "a grammar that is none",
+            {"structured_outputs": {"grammar": "root ::= none"}},
+            "[Gg]rammar",
+        ),
+        ("a cut picture", {"truncate_prompt_tokens": 100}, "truncate_prompt_tokens"),
+    )
+    for seed, (name, changes, reason) in enumerate(late, 1000):
+        question = body(server, [seed], **changes)
+        yield _fault(name, question, reason)
+        if name != "a cut picture":
+            stream = question | {"stream": True}
+            yield _fault(f"streamed, {name}", stream, reason, in_stream=True)
+    url = picture_url(models.random_image(1010))
+    part = {"type": "input_image", "image_url": url, "detail": "auto"}
+    question = {
+        "model": server.model,
+        "input": [{"role": "user", "content": [part]}],
+        "max_output_tokens": 24,
+        "logit_bias": {"99999999": 1},
+    }
+    yield _fault("a response", question, "logit_bias", path=RESPONSES)
+    source = {"type": "base64", "media_type": "image/png", "data": "@@@@"}
+    message = {"role": "user", "content": [{"type": "image", "source": source}]}
+    question = {"model": server.model, "max_tokens": 24, "messages": [message]}
+    yield _fault("a message", question, "base64", path=MESSAGES)
+
+
+def _page() -> Iterator[Fault]:
+    for path, reason in (
+        ("/avl/requests/nobody", "'nobody' is not adaptive"),
+        ("/avl/requests?limit=0", "limit = '0'"),
+        ("/avl/static/none.js", "Not Found"),
+        ("/avl/static/..%2froutes.py", "Not Found"),
+    ):
+        yield Fault(f"GET {path}", b"", reason, path=path, method="GET")
 
 
 def _wrong_fields() -> Mapping[str, tuple[dict[str, Any], str]]:

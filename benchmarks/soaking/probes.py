@@ -40,6 +40,16 @@ class Probe:
         Raises:
             httpx.HTTPError: there was none.
         """
+        return self.answer(server)["choices"][0]["token_ids"]
+
+    def answer(
+        self, server: Server, headers: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """Return the whole answer.
+
+        Raises:
+            httpx.HTTPError: there was none.
+        """
         request = body(
             server,
             self.pictures,
@@ -50,8 +60,10 @@ class Probe:
             return_token_ids=True,
         )
         url = f"{server.url}/v1/chat/completions"
-        response = server.http.post(url, json=request, timeout=LIMIT_SECONDS)
-        return response.raise_for_status().json()["choices"][0]["token_ids"]
+        response = server.http.post(
+            url, json=request, headers=headers, timeout=LIMIT_SECONDS
+        )
+        return response.raise_for_status().json()
 
 
 CORE = {"avl_core_ratio": 0.2}

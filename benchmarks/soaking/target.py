@@ -43,6 +43,13 @@ MAX_IMAGES = 3
 MAX_MODEL_LEN = 2400
 MAX_PIXELS = 50_000_000
 AVL = ("--attention-backend", "avl")
+SMALL = (
+    *AVL,
+    # The encoder cache holds as many tokens: one picture of 576 at a time.
+    *("--max-num-batched-tokens", "600"),
+    # On, with room for all pictures: its halves must stay alike.
+    *("--mm-processor-cache-gb", "2"),
+)
 DRAIN_SECONDS = 120
 XARGS: Sequence[Mapping[str, Any]] = (
     {},
@@ -82,7 +89,7 @@ def start(
         *("--mm-processor-cache-gb", "0"),
         *json_option("--limit-mm-per-prompt", {"image": MAX_IMAGES}),
     ]
-    limits = {"VLLM_MAX_IMAGE_PIXELS": str(MAX_PIXELS)}
+    limits = {"VLLM_MAX_IMAGE_PIXELS": str(MAX_PIXELS), "VLLM_PLUGINS": "avl"}
     return serve(
         model,
         [*common, *options],

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import kept_content
 import pytest
 
 from vllm_avl.testing import models
@@ -99,3 +100,11 @@ def server(checkpoints, tmp_path_factory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def asker(server) -> Asker:
     return Asker(server)
+
+
+@pytest.fixture(scope="session")
+def content_server(checkpoints, tmp_path_factory) -> Iterator[Server]:
+    """A server of the small LLaVA with the page, a key and kept content."""
+    log = tmp_path_factory.mktemp("content") / "log"
+    with kept_content.serving(checkpoints("llava"), log) as running:
+        yield running

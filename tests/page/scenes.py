@@ -97,12 +97,13 @@ def picture(**changes: Any) -> schema.Picture:
     return schema.Picture(**(values | changes))
 
 
-def detail(name: str = "chatcmpl-91c0f6", **changes: Any) -> schema.Detail:
+def detail(name: str = "chatcmpl-91c0f6", /, **changes: Any) -> schema.Detail:
     """A finished request of a small LLaVA, unless told otherwise."""
     tokens = [f"{WORDS[i % len(WORDS)]} " for i in range(STEPS + 1)]
     settings = AVLConfig(vision_core_ratio=0.3, introspection=16)
     values = {
         "id": name,
+        "name": name,
         "running": False,
         "policy": "avl",
         "num_prompt_tokens": PROMPT,
@@ -243,10 +244,11 @@ def add_data(app: FastAPI, scene: Scene) -> None:
 
     @app.get("/avl/requests/{name:path}", response_model=schema.Detail)
     def one(name: str) -> Any:
-        for candidate in scene.details:
-            if candidate.id == name:
-                return candidate
-        return JSONResponse({"detail": "not known"}, 404)
+        found = [one for one in scene.details if one.id == name]
+        found = found or [one for one in scene.details if one.name == name]
+        if len(found) > 1:
+            return JSONResponse({"detail": f"several are called {name}"}, 409)
+        return found[0] if found else JSONResponse({"detail": "not known"}, 404)
 
 
 @dataclass

@@ -133,6 +133,28 @@ def test_the_address_holds_the_chosen_request(tab, server, scene):
     assert tab.ask(current) == "first"
 
 
+def test_requests_that_share_a_name_are_told_apart(tab, server, scene):
+    scene.details = [
+        scenes.detail("same-1", name="same", num_refreshes=7),
+        scenes.detail("same-2", name="same"),
+        scenes.detail("other-1", name="other"),
+    ]
+    tab.open(server.url + "#same")
+    tab.wait("!document.querySelector('#missing').hidden")
+    assert tab.text("#missing") == "several are called same"
+    listed = "[...document.querySelectorAll('#requests .id')].map((e) => e.innerText)"
+    assert tab.ask(listed) == ["same-1", "same-2", "other"]
+    tab.tab_to("#requests a")
+    tab.press("Enter")
+    tab.wait(READY)
+    assert tab.text("#request-title") == "Request same-1"
+    assert tab.ask("location.hash") == "#same-1"
+    tab.open(server.url + "#other")
+    tab.wait("document.querySelector('#request-title').textContent === 'Request other'")
+    current = "document.querySelector('#requests a[aria-current]').dataset.id"
+    assert tab.ask(current) == "other-1"
+
+
 def test_a_request_that_is_not_known(tab, server):
     tab.open(server.url + "#gone")
     tab.wait("!document.querySelector('#missing').hidden")

@@ -5,15 +5,27 @@ What only workers need is in `worker_patches`.
 
 from __future__ import annotations
 
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.multimodal.cache import LruKeyReplicatedSenderCache
 from vllm.platforms import current_platform
+from vllm.renderers.base import BaseRenderer
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager
 
-from vllm_avl.compat import front_end, platform, responses, stats
+from vllm_avl.compat import (
+    asks,
+    front_end,
+    picture_cache,
+    platform,
+    responses,
+    stats,
+)
 from vllm_avl.compat.seam import Patch, Seam, mismatches_of
 
 SEAMS: tuple[Seam, ...] = (
@@ -148,18 +160,109 @@ PATCHES: tuple[Patch, ...] = (
         OutputProcessor,
         "_finish_request",
         ("self", "req_state"),
-        "the page shows finished answers, where it may",
+        "usage counts at an answer's end; the page may show finished answers",
         wrap=front_end.keep_answer,
         until="the front end has a hook for finished requests",
+    ),
+    Patch(
+        OutputProcessor,
+        "add_request",
+        ("self", "request", "prompt", "parent_req", "request_index", "queue"),
+        "answers carry ids that clients choose; here requests get the engine's",
+        wrap=asks.note_request,
+        until="an answer's request is known by the engine's id",
+    ),
+    Patch(
+        BaseRenderer,
+        "_process_tokens_async",
+        ("self", "prompt", "skip_mm_cache"),
+        "where pictures as the model sees them meet the hashes of their features",
+        wrap=asks.note_pictures,
+        until="a feature knows its picture",
+    ),
+    Patch(
+        BaseRenderer,
+        "_process_multimodal",
+        (
+            "self",
+            "prompt",
+            "mm_data",
+            "mm_uuids",
+            "mm_processor_kwargs",
+            "media_io_kwargs",
+            "skip_mm_cache",
+        ),
+        "a prompt that fails after its pictures were read leaves the cache of pictures "
+        "unlike the engine's",
+        wrap=picture_cache.undo_failure,
+        until="vLLM takes out what the engine will not see",
+    ),
+    Patch(
+        LruKeyReplicatedSenderCache,
+        "get_and_update_item",
+        ("self", "mm_item", "mm_hash"),
+        "which pictures a failing prompt has entered",
+        wrap=picture_cache.note_entry,
+        until="vLLM takes out what the engine will not see",
     ),
     Patch(
         OpenAIServingChat,
         "create_chat_completion",
         ("self", "request", "raw_request"),
-        "a response has to say how its request was served; bad requests are refused "
-        "before their pictures are read",
-        wrap=responses.say_in_usage,
-        until="vLLM lets plug-ins extend a response's usage",
+        "a response has to say how its request was served; what vLLM refuses after "
+        "pictures are read leaves the cache of pictures unlike the engine's",
+        wrap=responses.follow_call,
+        until="vLLM lets plug-ins extend responses, and takes out what it refuses",
+    ),
+    Patch(
+        OpenAIServingChatBatch,
+        "create_batch_chat_completion",
+        ("self", "request", "raw_request"),
+        "as create_chat_completion",
+        wrap=responses.follow_call,
+        until="as create_chat_completion",
+    ),
+    Patch(
+        OpenAIServingResponses,
+        "create_responses",
+        ("self", "request", "raw_request"),
+        "as create_chat_completion",
+        wrap=responses.follow_call,
+        until="as create_chat_completion",
+    ),
+    Patch(
+        OpenAIServingResponses,
+        "responses_full_generator",
+        (
+            "self",
+            "request",
+            "sampling_params",
+            "result_generator",
+            "context",
+            "model_name",
+            "tokenizer",
+            "request_metadata",
+            "created_time",
+        ),
+        "the answer at the end of a stream and of a background run, too",
+        wrap=responses.say_in_response,
+        until="vLLM lets plug-ins extend responses",
+    ),
+    Patch(
+        AnthropicServingMessages,
+        "messages_full_converter",
+        ("self", "generator"),
+        "the Messages API drops what a chat completion says beside its own fields",
+        wrap=responses.say_in_message,
+        until="vLLM lets plug-ins extend responses",
+    ),
+    Patch(
+        AnthropicServingMessages,
+        "message_stream_converter",
+        ("self", "generator"),
+        "as messages_full_converter",
+        wrap=responses.say_in_messages,
+        until="vLLM lets plug-ins extend responses",
     ),
 )
 

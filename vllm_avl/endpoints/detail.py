@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
 from pydantic import TypeAdapter
 
 from vllm_avl.backend.introspection import RequestReport, RequestSummary
 from vllm_avl.endpoints import schema
 from vllm_avl.endpoints.geometry import VisionModel, grids
-from vllm_avl.endpoints.records import Content, Record
+from vllm_avl.endpoints.records import Part, Record
 
 NOT_KEPT = (
     "pictures and answers are not kept: start the server with "
@@ -44,7 +40,7 @@ def read_summaries(
 
 def _summary(name: str, summary: RequestSummary) -> schema.Summary:
     counted = {field: getattr(summary, field) for field in _COUNTED}
-    return schema.Summary(id=name, **counted)
+    return schema.Summary(id=summary.request_id, name=name, **counted)
 
 
 _COUNTED = [
@@ -79,7 +75,7 @@ def describe(
         settings=report.settings,
         ranked_ranges=report.ranked_ranges,
         timeline=[schema.Held(**vars(held)) for held in report.timeline],
-        pictures=_pictures(report, record, content, VisionModel.of(hf_config)),
+        pictures=_pictures(report, record, VisionModel.of(hf_config)),
         layers=[
             _layer(layer, rank)
             for rank, of_rank in enumerate(reports)
@@ -97,51 +93,28 @@ def _layer(layer: Any, rank: int) -> schema.Layer:
 
 
 def _pictures(
-    report: RequestReport,
-    record: Record | None,
-    content: Content | None,
-    model: VisionModel,
+    report: RequestReport, record: Record | None, model: VisionModel
 ) -> list[schema.Picture]:
     """Lay out each picture; all vision as one where nobody knows them apart."""
-    if record is None or not record.picture_ranges:
-        whole = report.vision_ranges
-        return [
-            schema.Picture(ranges=whole, width=None, height=None, url=None, grids=[])
-        ]
-    urls = content.pictures if content else ()
-    padded = [*urls, *[None] * len(record.picture_ranges)]
-    return [
-        _picture(ranges, url, model)
-        for ranges, url in zip(record.picture_ranges, padded, strict=False)
-    ]
+    if record is None or not record.parts:
+        return [_picture(Part(report.vision_ranges), VisionModel(""))]
+    return [_picture(part, model) for part in record.parts]
 
 
-def _picture(
-    ranges: Sequence[tuple[int, int]], url: str | None, model: VisionModel
-) -> schema.Picture:
-    size = _size(url)
+def _picture(part: Part, model: VisionModel) -> schema.Picture:
+    # Once: it may be dropped while it is looked at.
+    picture = part.picture
     laid_out = []
-    if size is not None:
-        laid_out = grids(model, *size, ranges)
+    if picture is not None:
+        laid_out = grids(model, *picture.size, part.ranges)
     elif model.model_type == "llava":
         # Its patches are a square whatever the picture.
-        laid_out = grids(model, 1, 1, ranges)
-    width, height = size or (None, None)
+        laid_out = grids(model, 1, 1, part.ranges)
+    width, height = picture.size if picture else (None, None)
     return schema.Picture(
-        ranges=list(ranges),
+        ranges=list(part.ranges),
         width=width,
         height=height,
-        url=url if size else None,
+        url=picture.url if picture else None,
         grids=laid_out,
     )
-
-
-def _size(url: str | None) -> tuple[int, int] | None:
-    """Return a data URL's width and height in pixels; None where it holds none."""
-    head, _, body = (url or "").partition(",")
-    if not (head.startswith("data:image/") and head.endswith(";base64")):
-        return None
-    try:
-        return Image.open(io.BytesIO(base64.b64decode(body))).size
-    except (binascii.Error, UnidentifiedImageError, Image.DecompressionBombError):
-        return None

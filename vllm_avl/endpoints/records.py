@@ -1,103 +1,152 @@
-"""What a front end knows of its requests: how each is served, pictures, answers."""
+"""What a front end knows of its requests: how each is served, pictures, answers.
+
+Requests go by the engine's own ids. Clients choose the ids that answers carry, and may
+give the same one to several.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 from vllm_avl.metrics.definitions import Stock
 from vllm_avl.plan import Plan, count
 from vllm_avl.policies import POLICIES
 
 MAX_RECORDS = 4096
-MAX_PICTURE_CHARACTERS = 16 << 20
-"""Of all pictures of a request, as data URLs; larger ones are not kept."""
+MAX_PICTURE_BYTES = 16 << 20
+"""Of all pictures of a request; larger ones are not kept."""
 
 Range = tuple[int, int]
 
 
+class Picture(Protocol):
+    """A picture that the model saw."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What keeping it costs."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height as the model saw it, in pixels."""
+
+    @property
+    def url(self) -> str:
+        """A data URL that shows what the model saw."""
+
+
+@dataclass
+class Part:
+    """One picture or video of a prompt."""
+
+    ranges: Sequence[Range]
+    """Half-open, of positions of its vision tokens."""
+    picture: Picture | None = None
+    """None for a video, and where it is not kept."""
+
+
 @dataclass
 class Content:
-    """What was asked and answered; kept only where the server was told to."""
+    """What was answered; kept only where the server was told to."""
 
-    pictures: Sequence[str]
-    """URLs, in the order of the prompt."""
     answer: str | None = None
     answer_token_ids: Sequence[int] = ()
 
 
 @dataclass
 class Record:
-    """One request, by the id its answer carries."""
+    """One request."""
 
-    picture_ranges: Sequence[Sequence[Range]] = ()
-    """For each picture, half-open ranges of positions of its vision tokens."""
+    parts: Sequence[Part] = ()
+    """In the order of the prompt."""
     decision: Plan | Stock | None = None
     """None until its first token."""
+    num_tokens: int | None = None
+    """Tokens whose keys and values were computed; None until its end."""
     content: Content | None = None
+
+    def forget_content(self) -> None:
+        """Drop pictures and answer."""
+        self.content = None
+        for part in self.parts:
+            part.picture = None
 
 
 @dataclass
 class Records:
-    """The latest requests of a front end; the oldest go."""
+    """The latest requests of a front end by the engine's ids; the oldest go.
 
-    _records: OrderedDict[str, Record] = field(default_factory=OrderedDict)
+    Those that somebody else holds on to, such as a call that is not answered yet, are
+    found however old.
+    """
+
+    _all: WeakValueDictionary[str, Record] = field(default_factory=WeakValueDictionary)
+    _latest: OrderedDict[str, Record] = field(default_factory=OrderedDict)
     _with_content: OrderedDict[str, Record] = field(default_factory=OrderedDict)
 
-    def add(self, request_id: str) -> Record:
-        """Begin a record, or return the one there is."""
-        record = self._records.setdefault(request_id, Record())
-        if len(self._records) > MAX_RECORDS:
-            self._records.popitem(last=False)
+    def begin(self, request_id: str, parts: Sequence[Part] = ()) -> Record:
+        """Begin a record, in place of one of the same id."""
+        record = self._all[request_id] = self._latest[request_id] = Record(parts)
+        self._latest.move_to_end(request_id)
+        if len(self._latest) > MAX_RECORDS:
+            self._latest.popitem(last=False)
         return record
 
-    def keep_content(self, request_id: str, urls: Sequence[str], limit: int) -> None:
+    def keep_content(self, request_id: str, record: Record, limit: int) -> None:
         """Keep a request's pictures, and its answer later, of the last `limit`."""
-        if sum(map(len, urls)) > MAX_PICTURE_CHARACTERS:
-            urls = ()
-        record = self.add(request_id)
-        record.content = Content(urls)
+        kept = [part.picture for part in record.parts if part.picture is not None]
+        if sum(picture.num_bytes for picture in kept) > MAX_PICTURE_BYTES:
+            record.forget_content()
+        record.content = Content()
         self._with_content[request_id] = record
         if len(self._with_content) > limit:
             _, oldest = self._with_content.popitem(last=False)
-            oldest.content = None
+            oldest.forget_content()
 
     def find(self, request_id: str) -> Record | None:
         """Return a request's record."""
-        return self._records.get(request_id)
+        return self._all.get(request_id)
 
 
 RECORDS = Records()
 """Of this process: it has one front end."""
 
 
-def usage(record: Record, num_tokens: int) -> dict[str, Any] | None:
-    """Return what a response says of how its request was served.
+def counts(record: Record, block_size: int) -> dict[str, int] | None:
+    """Count what a request held at its end, None where that is not known.
 
-    Args:
-        record: of the request.
-        num_tokens: tokens whose keys and values were computed.
+    All requests have the same fields, and clients may add them up.
     """
-    plan = record.decision
-    if plan is None:
+    plan, num_tokens = record.decision, record.num_tokens
+    if plan is None or num_tokens is None:
         return None
-    if isinstance(plan, Stock):
-        return {"adapted": False, "reason": plan.value}
-    freed = plan.num_freed_blocks(num_tokens)
-    num_blocks = -(-num_tokens // plan.block_size)
+    is_adapted = isinstance(plan, Plan)
+    freed = plan.num_freed_blocks(num_tokens) if isinstance(plan, Plan) else 0
+    return {
+        "requests_adapted": int(is_adapted),
+        "blocks_held": -(-num_tokens // block_size) - freed,
+        "blocks_freed": freed,
+    }
+
+
+def facts(record: Record) -> dict[str, Any]:
+    """Say how a request was served, in words and in what is not to be added up."""
+    plan = record.decision
+    if not isinstance(plan, Plan):
+        return {"adapted": False, "reason": plan and plan.value}
     said = {
         "adapted": True,
         "policy": plan.config.policy,
         "block_size": plan.block_size,
-        "blocks_held": num_blocks - freed,
-        "blocks_freed": freed,
+        "vision_tokens": count(plan.vision_ranges),
     }
     if not POLICIES[plan.config.policy].ranks_text:
         behind = count(plan.vision_ranges) - plan.num_vision_tokens
         said |= {
-            "vision_tokens": count(plan.vision_ranges),
             "vision_tokens_stored": plan.num_stored_vision + behind,
             "vision_tokens_core": plan.num_core_vision + behind,
         }

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
 from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from vllm_avl.endpoints import schema
@@ -31,6 +32,7 @@ HEADERS = {
 FAULTS: dict[int | str, dict[str, Any]] = {
     401: {"model": schema.Fault, "description": "the server has an API key"},
     404: {"model": schema.Fault, "description": "there is no such thing"},
+    409: {"model": schema.Fault, "description": "several requests carry this id"},
     422: {"model": schema.Fault, "description": "a value that is not allowed"},
     503: {"model": schema.Fault, "description": "the engine does not answer"},
 }
@@ -87,17 +89,24 @@ def attach(app: FastAPI, may_read: Callable[[Request], bool]) -> None:
     """
     page = APIRouter(prefix="/avl", include_in_schema=False)
 
+    files = _Files(directory=STATIC)
+
+    # Addresses are relative and nothing is mounted: a proxy may have put a prefix in
+    # front, and may have told the server (--root-path) or not.
     @page.get("")
-    async def redirect(request: Request) -> RedirectResponse:
-        return RedirectResponse(f"{request.scope.get('root_path', '')}/avl/")
+    async def redirect() -> RedirectResponse:
+        return RedirectResponse("avl/")
 
     @page.get("/")
     async def show() -> FileResponse:
         return FileResponse(STATIC / "index.html", headers=HEADERS)
 
+    @page.api_route("/static/{name}", methods=["GET", "HEAD"])
+    async def file(request: Request, name: str) -> Response:
+        return await files.get_response(name, request.scope)
+
     app.include_router(page)
     app.include_router(_data(may_read))
-    app.mount("/avl/static", _Files(directory=STATIC), name="avl-static")
 
 
 def _data(may_read: Callable[[Request], bool]) -> APIRouter:
@@ -155,26 +164,56 @@ def _data(may_read: Callable[[Request], bool]) -> APIRouter:
     )
     async def one_request(request: Request, request_id: str) -> schema.Detail:
         engine = engine_of(request)
-        config = engine.config
-        for ranks in await engine.ask("avl_report", request_id):
-            reports = read_reports(ranks)
+        own = await _own_id(engine, request_id)
+        for ranks in await engine.ask("avl_report", own):
+            reports = [one for one in read_reports(ranks) if one.request_id == own]
             if reports:
-                record = RECORDS.find(request_id)
-                tokens = (
-                    record.content.answer_token_ids if record and record.content else ()
-                )
-                return describe(
-                    request_id,
+                record = RECORDS.find(own)
+                content = record and record.content
+                tokens = content.answer_token_ids if content else ()
+                # Pictures are read again, which takes its time.
+                return await run_in_threadpool(
+                    describe,
+                    engine.external_id(own),
                     reports,
                     record,
                     engine.hf_config,
                     engine.decode(tokens),
-                    shows_content=config.show_content,
+                    shows_content=engine.config.show_content,
                 )
-        raise ProblemError(
-            404,
-            f"request {request_id!r} is not adaptive, not here, or no longer "
-            f"remembered; {config.introspection} finished requests are",
-        )
+        raise _unknown(request_id, engine)
 
     return router
+
+
+async def _own_id(engine: Any, request_id: str) -> str:
+    """Return the engine's id of the one request that `request_id` means.
+
+    Args:
+        engine: knows the requests.
+        request_id: the engine's, or the one that its answer carries.
+
+    Raises:
+        ProblemError: there is none, or there are several.
+    """
+    known = [name for ranks in await engine.ask("avl_requests") for name in ranks[0]]
+    meant = [name for name in known if name == request_id] or [
+        name for name in known if engine.external_id(name) == request_id
+    ]
+    if not meant:
+        raise _unknown(request_id, engine)
+    if len(meant) > 1:
+        raise ProblemError(
+            409,
+            f"{len(meant)} requests carry the id {request_id!r}, which their clients "
+            f"chose: ask for one of {', '.join(meant)}",
+        )
+    return meant[0]
+
+
+def _unknown(request_id: str, engine: Any) -> ProblemError:
+    return ProblemError(
+        404,
+        f"request {request_id!r} is not adaptive, not here, or no longer "
+        f"remembered; {engine.config.introspection} finished requests are",
+    )

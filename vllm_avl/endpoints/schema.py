@@ -63,7 +63,10 @@ class Stats(Answer):
 class Summary(Answer):
     """One adaptive request in the list."""
 
-    id: str
+    id: str = Field(description="the engine's own: no other request has it")
+    name: str = Field(
+        description="the id its answer carries; clients may give several the same"
+    )
     running: bool
     policy: str
     num_prompt_tokens: int
@@ -93,14 +96,18 @@ class Grid(Answer):
 
 
 class Picture(Answer):
-    """One picture of the prompt."""
+    """One picture or video of the prompt."""
 
     ranges: list[tuple[int, int]] = Field(
         description="half-open ranges of positions of its vision tokens"
     )
-    width: int | None = Field(description="pixels; null where it was not kept")
+    width: int | None = Field(
+        description="pixels, as the model saw it; null where it was not kept"
+    )
     height: int | None
-    url: str | None = Field(description="data URL; null where it was not kept")
+    url: str | None = Field(
+        description="data URL of what the model saw; null where it was not kept"
+    )
     grids: list[Grid] = Field(
         description="where its tokens lie; empty where that is not known"
     )

@@ -12,6 +12,7 @@ const SETTING = `--additional-config '{"avl": {"introspection": 16}}'`;
 
 let config = null;
 let shown = null;
+// The engine's id, or the address's words where they mean none of the requests.
 let chosen = null;
 let polling = false;
 let lastAnswer = null;
@@ -73,10 +74,23 @@ const fromHash = () => {
   }
 };
 
+/** The request that the address means: by the engine's id, or by its answer's. */
+function fromAddress() {
+  const said = fromHash();
+  const named = requests.filter((request) => request.name === said);
+  const isOwn = requests.some((request) => request.id === said);
+  return !isOwn && named.length === 1 ? named[0].id : said;
+}
+
+/** What people call a request; clients may have given several the same name. */
+function titleOf({ id, name }) {
+  return requests.filter((request) => request.name === name).length > 1 ? id : name;
+}
+
 function showList(list) {
   requests = list.requests;
   // Without a choice in the address, the newest one of the first answer stays shown.
-  chosen = fromHash() ?? chosen ?? requests[0]?.id ?? null;
+  chosen = fromAddress() ?? chosen ?? requests[0]?.id ?? null;
   const place = $("requests");
   const focused = place.contains(document.activeElement) ? document.activeElement.dataset.id : null;
   place.replaceChildren(...requests.map(item));
@@ -95,7 +109,7 @@ function item(request) {
       "data-id": id,
       "aria-current": id === chosen ? "true" : null,
     },
-    element("span", { class: "id" }, id),
+    element("span", { class: "id" }, titleOf(request)),
     element(
       "small",
       { class: "muted" },
@@ -128,17 +142,17 @@ async function showChosen() {
     return;
   }
   const running = requests.find((request) => request.id === chosen)?.running;
-  if (shown?.id === chosen && !shown.running && !running) return;
-  if (shown?.id === chosen && running && performance.now() < restUntil) return;
+  if (shown?.as === chosen && !shown.running && !running) return;
+  if (shown?.as === chosen && running && performance.now() < restUntil) return;
   const wanted = chosen;
   const asked = performance.now();
   try {
     const detail = await get(`requests/${encodeURIComponent(wanted)}`);
     if (wanted !== chosen) return;
     restUntil = asked + REST * (performance.now() - asked);
-    shown = detail;
+    shown = { as: wanted, running: detail.running };
     say($("missing"), "");
-    showRequest(detail);
+    showRequest(detail, titleOf(detail));
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
     shown = null;
@@ -148,7 +162,7 @@ async function showChosen() {
 }
 
 async function choose() {
-  chosen = fromHash();
+  chosen = fromAddress();
   for (const link of $("requests").querySelectorAll("a")) {
     if (link.dataset.id === chosen) link.setAttribute("aria-current", "true");
     else link.removeAttribute("aria-current");

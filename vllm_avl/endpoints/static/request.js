@@ -34,8 +34,8 @@ let cursor = null;
 let timer = null;
 const images = new Map();
 
-/** Show a request; the same one keeps what was chosen in it. */
-export function showRequest(next) {
+/** Show a request under `title`; the same one keeps what was chosen in it. */
+export function showRequest(next, title) {
   const isSame = detail?.id === next.id;
   const wasAtEnd = !isSame || chosen.step >= lastStep(detail);
   detail = next;
@@ -45,6 +45,7 @@ export function showRequest(next) {
   }
   if (wasAtEnd && timer === null) chosen.step = lastStep(detail);
   $("request").hidden = false;
+  say($("request-title"), `Request ${title}`);
   showFacts();
   showChoices();
   choosePicture();
@@ -63,7 +64,6 @@ const layers = () => detail.layers.filter((layer) => layer.rank === chosen.rank)
 const lengthNow = () => detail.num_prompt_tokens + chosen.step;
 
 function showFacts() {
-  say($("request-title"), `Request ${detail.id}`);
   const settings = Object.entries(SETTINGS)
     .filter(([name]) => detail.settings[name] !== undefined && detail.settings[name] !== null)
     .map(([name, text]) => `${text} ${detail.settings[name]}`);
