@@ -19,7 +19,7 @@ from typing import Any
 import arguments
 import checkpoints
 import torch
-from decode_watch import Refreshes, Steps, median, watched
+from decode_watch import Steps, median, watched
 from engines import Engine, Request, requests
 from plots import draw_decode
 from report import append_rows, machine, print_heading, print_table, spread
@@ -48,13 +48,11 @@ class Variant:
     store: float
     core: float
     interval: int
-    executor: str = "auto"
 
     @property
     def name(self) -> str:
         """Short name in the paper's symbols."""
-        name = f"S={self.store:g} C={self.core:g} K={self.interval}"
-        return name if self.executor == "auto" else f"{name} {self.executor}"
+        return f"S={self.store:g} C={self.core:g} K={self.interval}"
 
     @property
     def xargs(self) -> dict[str, float]:
@@ -67,13 +65,18 @@ class Variant:
 
 
 SAME = Variant(1, 1, 0)
-VARIANTS = (Variant(0.5, 0.3, 3), Variant(0.3, 0.1, 8), Variant(0.5, 0.5, 0))
+VARIANTS = (
+    Variant(0.5, 0.3, 3),
+    Variant(0.5, 0.5, 0),
+    Variant(0.3, 0.1, 8),
+    Variant(0.3, 0.3, 0),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the tables, append to the CSV and draw the plot."""
     args = parse(argv)
-    model = checkpoints.build(args.checkpoints, arguments.model_size(args))
+    model = checkpoints.build(args.checkpoints, arguments.model_size(args), args.dtype)
     facts = machine()
     times: dict[str, list[tuple[int, float]]] = {}
     for num_images in args.images:
@@ -117,13 +120,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="images a prompt, 576 tokens each; one table for each number",
     )
     add("--output-tokens", type=int, default=128, help="of each request")
-    add(
-        "--executors",
-        nargs="+",
-        default=["auto"],
-        choices=("auto", "pack", "gather"),
-        help="how core is read; each is measured in turn",
-    )
+    add("--dtype", default="bfloat16", help="of the model and its cache")
     add("--block-size", type=int, default=32, help="of both sides")
     args = parser.parse_args(argv)
     if args.quick:
@@ -137,7 +134,7 @@ def measure(
 ) -> dict[str, list[Steps]]:
     """Run stock and every variant, taking turns."""
     total = sum(request.num_tokens + args.block_size for request in workload)
-    stock, *adaptive = (
+    stock, avl = (
         Engine(
             model,
             settings=settings,
@@ -148,28 +145,22 @@ def measure(
             max_num_batched_tokens=total,
             threads=args.threads,
         )
-        for settings in (None, *({"executor": name} for name in args.executors))
+        for settings in (None, {})
     )
-    engines = dict(zip(args.executors, adaptive, strict=True))
-    for engine in adaptive:
-        check_identity(stock, engine, workload)
+    check_identity(stock, avl, workload)
     variants: dict[str, Variant | None] = {STOCK: None}
-    for one in VARIANTS:
-        # Without core there is nothing that executors could read in their own way.
-        names = args.executors if one.core < one.store else args.executors[:1]
-        for variant in (replace(one, executor=name) for name in names):
-            variants[variant.name] = variant
+    variants |= {variant.name: variant for variant in VARIANTS}
     measured: dict[str, list[Steps]] = {name: [] for name in variants}
     rounds = args.repeats * len(variants)
     with tqdm(total=rounds, unit="run", disable=None) as progress:
         for _ in range(args.repeats):
             for name, variant in variants.items():
                 progress.set_description(name)
-                engine = stock if variant is None else engines[variant.executor]
+                engine = stock if variant is None else avl
                 xargs = None if variant is None else variant.xargs
                 measured[name].append(run(engine, workload, xargs))
                 progress.update()
-    for engine in (stock, *adaptive):
+    for engine in (stock, avl):
         engine.close()
     return measured
 
@@ -239,19 +230,11 @@ def summarize(
                 "end_to_end_ratio": median(
                     [a.run.seconds / b.run.seconds for a, b in pairs]
                 ),
-                **refresh_columns(turns),
+                "choose_request_layer_ms": 1e3
+                * median([median(a.choosing) for a in turns if a.choosing] or [0.0]),
             }
         )
     return rows
-
-
-def refresh_columns(turns: Sequence[Steps]) -> dict[str, float]:
-    """Return what a refresh of one request in one layer is made of; NaN for none."""
-    found = [turn.refreshes.milliseconds() for turn in turns]
-    names = Refreshes([0.0], [0.0], [0.0], [0]).milliseconds()
-    return {
-        name: median([one.get(name, float("nan")) for one in found]) for name in names
-    }
 
 
 def shorten(row: dict[str, Any]) -> dict[str, Any]:

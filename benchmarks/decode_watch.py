@@ -1,4 +1,4 @@
-"""Watches the attention of decode steps: time, rows read, and what refreshes take."""
+"""Watches the attention of decode steps: time, rows read, what choosing core takes."""
 
 from __future__ import annotations
 
@@ -14,29 +14,6 @@ from engines import Run
 
 
 @dataclass
-class Refreshes:
-    """What refreshes took, one of one request in one layer at a time."""
-
-    whole: list[float] = field(default_factory=list)
-    attend: list[float] = field(default_factory=list)
-    """Attention and scores."""
-    move: list[float] = field(default_factory=list)
-    num_rows_moved: list[int] = field(default_factory=list)
-    """Rows that change places with core; none where core is a list."""
-
-    def milliseconds(self) -> dict[str, float]:
-        """Medians, and the rows that a refresh brings into core."""
-        if not self.whole:
-            return {}
-        return {
-            "refresh_request_layer_ms": 1e3 * median(self.whole),
-            "refresh_attend_ms": 1e3 * median(self.attend),
-            "refresh_move_ms": 1e3 * median(self.move or [0.0]),
-            "rows_into_core": median(self.num_rows_moved or [0]),
-        }
-
-
-@dataclass
 class Steps:
     """What the decode steps of one run took, in the order they ran."""
 
@@ -46,7 +23,8 @@ class Steps:
     """Requests that refresh, by step."""
     num_rows: list[int] = field(default_factory=list)
     """Cached rows that the attention of one layer reads, by step."""
-    refreshes: Refreshes = field(default_factory=lambda: Refreshes())
+    choosing: list[float] = field(default_factory=list)
+    """What a request's choice of core took in a layer, behind its attention."""
 
     def seconds(self, refreshing: bool | None = None) -> list[float]:
         """Step times of decode steps: all, refreshing or ordinary ones."""
@@ -75,11 +53,12 @@ def watched() -> Iterator[Steps]:
     """Note time, rows and refreshes of the decoder's attention, step by step."""
     from vllm.v1.attention.backends import cpu_attn
 
-    from vllm_avl.backend import cpu, step
+    from vllm_avl.backend import cpu
+    from vllm_avl.backend.layer import Layer
 
     steps = Steps(Run())
     build = cpu_attn.CPUAttentionMetadataBuilder.build
-    make_view = step.make_view
+    build_avl, perform = cpu.AVLMetadataBuilder.build, Layer.perform
 
     def built(builder: Any, *args: Any, **kwargs: Any) -> Any:
         metadata = build(builder, *args, **kwargs)
@@ -88,17 +67,13 @@ def watched() -> Iterator[Steps]:
         steps.num_scoring.append(0)
         return metadata
 
-    def viewed(*args: Any) -> Any:
-        view = make_view(*args)
-        pending.append(view)
-        return view
-
-    pending: list[Any] = []
+    def built_avl(builder: Any, *args: Any, **kwargs: Any) -> Any:
+        metadata = build_avl(builder, *args, **kwargs)
+        count(steps)
+        return metadata
 
     def timed(forward: Any) -> Any:
         def attend(impl: Any, *args: Any, **kwargs: Any) -> Any:
-            while pending:
-                count(steps, pending.pop())
             start = time.perf_counter()
             output = forward(impl, *args, **kwargs)
             if impl.attn_type == "decoder" and steps.attention_seconds:
@@ -107,49 +82,21 @@ def watched() -> Iterator[Steps]:
 
         return attend
 
+    def performed(layer: Any, task: Any, query: Any) -> None:
+        start = time.perf_counter()
+        perform(layer, task, query)
+        if task.scores:
+            steps.choosing.append(time.perf_counter() - start)
+
     stock, avl = cpu_attn.CPUAttentionBackendImpl, cpu.AVLImpl
     with ExitStack() as patches:
         enter = patches.enter_context
         enter(patch.object(cpu_attn.CPUAttentionMetadataBuilder, "build", built))
-        enter(patch.object(step, "make_view", viewed))
-        for target, name, wrapper in refresh_watches(steps.refreshes):
-            enter(patch.object(target, name, wrapper))
+        enter(patch.object(cpu.AVLMetadataBuilder, "build", built_avl))
+        enter(patch.object(Layer, "perform", performed))
         enter(patch.object(avl, "forward", timed(avl.forward)))
         enter(patch.object(stock, "forward", once(timed, stock.forward, avl)))
         yield steps
-
-
-def refresh_watches(seen: Refreshes) -> Iterator[tuple[type, str, Any]]:
-    """Yield the methods that make up a refresh, wrapped to note their times."""
-    from vllm_avl.backend.cpu_cache import CPUCache
-    from vllm_avl.backend.layer import Layer
-
-    def watch(function: Any, note: Any) -> Any:
-        def timed(*args: Any) -> Any:
-            start = time.perf_counter()
-            result = function(*args)
-            note(time.perf_counter() - start, *args)
-            return result
-
-        return timed
-
-    def performed(seconds: float, layer: Any, task: Any, *rest: Any) -> None:
-        if task.scores_while_attending:
-            # Core that is a list has been attended before, in one call.
-            seen.whole.append(seconds + task.gathers * seen.attend[-1])
-
-    def attended(seconds: float, cache: Any, query: Any, rows: Any) -> None:
-        if all(row.mask is None for row in rows):
-            seen.attend.append(seconds / len(rows))
-
-    def moved(seconds: float, cache: Any, blocks: Any, moves: Any) -> None:
-        if moves.exchange:
-            seen.move.append(seconds)
-            seen.num_rows_moved.append(len(moves.source))
-
-    yield Layer, "perform", watch(Layer.perform, performed)
-    yield CPUCache, "select", watch(CPUCache.select, attended)
-    yield CPUCache, "move", watch(CPUCache.move, moved)
 
 
 def once(timed: Any, forward: Any, inner: type) -> Any:
@@ -163,18 +110,22 @@ def once(timed: Any, forward: Any, inner: type) -> Any:
     return attend
 
 
-def count(steps: Steps, view: Any) -> None:
-    """Add what our kernel reads, which vLLM's is not given."""
-    steps.num_scoring[-1] = sum(task.scores_while_attending for task in view.tasks)
-    packed = [task for task in view.tasks if not task.gathers]
-    ours = [task for task in packed if task.scores_while_attending]
-    for turn in [*ours, *(turn for turn in view.turns if turn and turn.gathers)]:
-        num_rows = turn.num_tokens - turn.first_read_token - 1
-        if not turn.reads_all:
-            plan = turn.state.plan
-            num_unread = plan.num_stored_blocks - plan.num_core_blocks
-            num_rows -= num_unread * plan.block_size // 2  # their keys are read
-        steps.num_rows[-1] += num_rows
+def count(steps: Steps) -> None:
+    """Add what our kernel must read, of which vLLM's is given one row each."""
+    from vllm_avl.backend.step import current_step
+
+    step = current_step()
+    if step is None:
+        return
+    rows = step.rows(None)
+    ours = rows.is_attended
+    steps.num_scoring[-1] = int(rows.scores.sum())
+    num_stored = (
+        step.num_tokens[rows.index] - rows.first_block * step.requests.block_size
+    )
+    unread = rows.of["num_masked"] - rows.of["num_listed"]
+    num_read = num_stored - (unread * ~rows.reads_all) - 1
+    steps.num_rows[-1] += int(num_read[ours].sum())
 
 
 def median(values: Sequence[float]) -> float:

@@ -355,7 +355,7 @@ def run_together(
 
 def _record(scheduler: Any, run: Run) -> Callable[[], None]:
     """Note what every `schedule()` of `scheduler` decides; call the result to stop."""
-    from vllm_avl.compat.scheduler import received_plans
+    from vllm_avl.compat.scheduler import received_compactions
 
     schedule = scheduler.schedule
 
@@ -371,7 +371,7 @@ def _record(scheduler: Any, run: Run) -> Callable[[], None]:
         )
         run.pool_use.append(scheduler.kv_cache_manager.usage)
         run.preemptions += len(output.preempted_req_ids or ())
-        run.adapted |= set(received_plans(output))
+        run.adapted |= set(received_compactions(output))
         # Some request computes more than the one token of a decode step.
         scheduled = output.num_scheduled_tokens
         run.prompt_step.append(any(count > 1 for count in scheduled.values()))

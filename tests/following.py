@@ -39,7 +39,7 @@ def watch(engine, asks, turn, before_step=lambda answers: None):
     manager = engine.scheduler._avl_manager
     while engine.llm.llm_engine.has_unfinished_requests():
         before_step(answers)
-        plans = dict(manager.plans)
+        plans = {name: known.plan for name, known in manager.adapted.items()}
         outputs = engine.llm.llm_engine.step()
         engine.check_integrity()
         for name in worker.avl_requests():
@@ -80,8 +80,8 @@ def compare(engine, oracle, one, answer, replayed=1):
         window=plan.num_scoring_rows,
         block_size=plan.block_size,
         num_full_tokens=plan.num_full_tokens,
-        num_stored_rows=plan.num_stored_blocks * plan.block_size,
-        num_core_rows=plan.num_core_blocks * plan.block_size,
+        num_stored_rows=plan.num_stored_rows,
+        num_core_rows=plan.num_core_rows,
     )
     rows = {t: by_layer_and_head(r, oracle) for t, r in answer.reports.items()}
     steps = oracle.follow(

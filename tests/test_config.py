@@ -44,7 +44,7 @@ from vllm_avl.config import PRESETS, AVLConfig, parse_config, parse_overrides
         ({"text_min_tokens": 2**40}, "must be an integer from 0 to 2147483647"),
         ({"text_decay": 2}, "text_decay = 2: must be a number in (0, 1]"),
         ({"head_reduction": "sum"}, "head_reduction = 'sum': must be mean or max"),
-        ({"executor": "fast"}, "executor = 'fast': must be auto, pack or gather"),
+        ({"executor": "pack"}, "executor: unknown setting; known are preset, policy"),
         ({"attention": "fa3"}, "attention = 'fa3': must be auto, flash or triton"),
         (
             {"refresh_all_ranks": "no"},
@@ -171,6 +171,24 @@ def test_core_is_a_part_of_what_is_stored(arguments, line):
     with pytest.raises(ValueError, match="must be at most") as caught:
         parse_overrides(arguments).apply(AVLConfig(vision_core_ratio=0.3))
     assert line in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 0),
+        ({"vision_core_ratio": 0.5}, 0),
+        ({"vision_core_ratio": 0.2, "core_refresh_interval": 1}, 0),
+        ({"vision_core_ratio": 0.2}, 1),
+        ({"vision_core_ratio": 0.2, "policy": "random"}, 1),
+        ({"vision_core_ratio": 0.2, "policy": "h2o"}, 2),
+        ({"vision_core_ratio": 0.2, "text_keep_ratio": 0.9}, 2),
+        ({"text_keep_ratio": 0.9}, 0),
+    ],
+    ids=str,
+)
+def test_lists_of_core_that_a_servers_requests_need(settings, expected):
+    assert AVLConfig(**settings).num_lists == expected
 
 
 def test_core_follows_the_store_ratio_unless_it_is_set():

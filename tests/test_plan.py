@@ -1,7 +1,7 @@
 """The plan's integers, on hand-worked cases and against its definition."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_avl.config import AVLConfig
@@ -22,7 +22,8 @@ def test_counts_of_one_image_between_texts():
     # 5 text + ceil(571 / 2) = 291 rows, rounded up to 10 blocks.
     assert plan.num_stored_blocks == 10
     assert plan.num_stored_vision == 10 * 32 - 5
-    assert plan.private_from == plan.num_freed_blocks(600) == 8
+    assert plan.first_stored_block == plan.num_freed_blocks(600) == 8
+    assert (plan.num_stored_rows, plan.num_core_rows) == (10 * 32, 10 * 32)
     assert plan.num_freed_blocks(599) == 0
 
 
@@ -62,9 +63,17 @@ def test_window_reaches_back_to_the_last_picture_at_most(ranges, policy, expecte
 
 def test_hits_leave_the_scoring_rows_to_compute():
     plan = plan_of(640, [(0, 540)], 32, 0.05, 100)
-    assert plan.num_scoring_rows == 100
-    assert plan.max_hit_tokens <= 640 - 100
-    assert plan.max_hit_tokens % 32 == 0
+    assert plan.num_scoring_rows == plan.last_chunk == 100
+    assert plan.max_hit_tokens == 540 // 32 * 32
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "expected"), [(640, 608), (641, 608), (642, 640), (671, 640)]
+)
+def test_hits_reach_over_what_is_copied_and_leave_two_tokens(num_tokens, expected):
+    plan = plan_of(num_tokens, [(0, 540)], 32, 0.05)
+    assert plan.last_chunk == 2
+    assert plan.max_hit_tokens == expected
 
 
 prompts = st.builds(
@@ -75,6 +84,7 @@ prompts = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(
     gaps=prompts,
     tail=st.integers(1, 200),
@@ -100,10 +110,15 @@ def test_definition(gaps, tail, block_size, ratio, window):
     assert plan.num_stored_vision + text == plan.num_stored_blocks * block_size
     extra = plan.num_stored_vision - ceil_ratio(ratio, vision)
     assert 0 <= extra < block_size
-    assert plan.max_hit_tokens <= plan.private_from * block_size
-    assert plan.max_hit_tokens <= plan.num_prompt_tokens - plan.num_scoring_rows
+    assert plan.first_stored_block == plan.num_full_blocks - plan.num_stored_blocks > 0
+    assert plan.moves_rows
+    left = plan.num_prompt_tokens - plan.max_hit_tokens
+    assert plan.max_hit_tokens % block_size == 0
+    assert 0 <= left - plan.last_chunk < block_size
+    assert plan.last_chunk == max(2, plan.num_scoring_rows)
 
 
+@settings(deadline=None)
 @given(
     window=st.integers(1, 40),
     budgets=st.lists(st.integers(40, 700), min_size=200, max_size=200),

@@ -6,10 +6,11 @@ from fractions import Fraction
 
 import pytest
 from hypothesis import example, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from vllm_avl.config import AVLConfig
-from vllm_avl.plan import TextWindow, make_plan
+from vllm_avl.plan import Compaction, TextWindow, make_plan
 
 SIZES = [0.05, 0.3, 0.5, 0.7, 0.99, 1.0]
 
@@ -75,6 +76,7 @@ def blocks_evicted_step_by_step(plan, ratio, min_tokens, lengths):
         yield evicted
 
 
+@hypothesis_settings(deadline=None)
 @given(
     ratio=st.sampled_from([0.05, 0.3, 0.5, 0.7, 0.99]),
     min_tokens=st.integers(0, 40),
@@ -102,6 +104,7 @@ def test_text_leaves_as_if_decided_step_by_step(
     assert expected == sorted(expected)
 
 
+@hypothesis_settings(deadline=None)
 @given(max_num_tokens=st.integers(601, 800), min_tokens=st.integers(0, 40))
 @example(max_num_tokens=645, min_tokens=20)
 @example(max_num_tokens=644, min_tokens=20)
@@ -117,6 +120,7 @@ def test_without_a_window_no_text_leaves():
     assert plan_of().num_evicted_text_blocks(100_000) == 0
 
 
+@hypothesis_settings(deadline=None)
 @given(
     num_before=st.integers(0, 50),
     num_vision=st.integers(1, 400),
@@ -150,18 +154,21 @@ def test_vision_fills_the_blocks_that_its_ratio_needs(
     assert plan.has_core == (filled(core) < filled(store))
 
 
-def test_an_ordinary_step_starts_at_core_and_a_refresh_at_what_is_stored():
+def test_an_ordinary_step_reads_core_and_a_refresh_what_is_stored():
     plan = plan_of(vision_core_ratio=0.2)
     # 5 text + ceil(571 / 2) rows are 10 blocks, 5 + ceil(571 / 5) rows are 4, of 18.
     assert plan.num_freed_blocks(600) == 18 - 10
-    assert plan.first_core_block(600) == 18 - 4
+    assert plan.num_stored_rows == 10 * 32
+    assert plan.num_core_rows == 4 * 32
+    assert plan.num_secondary_rows == 6 * 32
 
 
-def test_a_block_of_evicted_text_moves_both_borders_one_on():
+def test_a_block_of_evicted_text_is_one_stored_block_less():
     plan = plan_of(vision_core_ratio=0.2, text_keep_ratio=0.5)
     # 19 text tokens behind the image at 600; at 645 they are 64, and 32 are kept.
     assert [plan.num_freed_blocks(n) for n in (600, 644, 645)] == [8, 8, 9]
-    assert [plan.first_core_block(n) for n in (600, 644, 645)] == [14, 14, 15]
+    # What refreshes alone read stays.
+    assert plan.num_secondary_rows == 6 * 32
 
 
 def test_nothing_is_freed_before_the_prompt_ends():
@@ -240,8 +247,22 @@ def test_anything_saved_is_a_plan(settings):
 
 def test_text_alone_keeps_the_prompts_blocks():
     plan = plan_of(text_keep_ratio=0.7, **STORE_ALL)
-    assert plan.private_from == plan.num_freed_blocks(600) == 0
+    assert plan.first_stored_block == plan.num_freed_blocks(600) == 0
     assert plan.num_stored_vision == plan.num_core_vision == plan.num_vision_tokens
+
+
+@pytest.mark.parametrize(
+    ("settings", "moves"),
+    [
+        ({}, True),
+        (STORE_ALL | {"vision_core_ratio": 0.3}, False),
+        (STORE_ALL | {"vision_core_ratio": 0.3, "text_keep_ratio": 0.5}, True),
+        (STORE_ALL | {"text_keep_ratio": 0.5}, True),
+    ],
+    ids=["stored", "read", "read-text", "text"],
+)
+def test_rows_stay_in_the_prompts_blocks_where_all_is_stored_for_good(settings, moves):
+    assert plan_of(**settings).moves_rows is moves
 
 
 @pytest.mark.parametrize(("last_encoded", "expected"), [(590, 10), (None, 64)])
@@ -254,4 +275,5 @@ def test_scoring_rows_begin_at_the_last_encoded_input_at_most(last_encoded, expe
 @pytest.mark.parametrize("text_keep_ratio", [0.7, 1.0])
 def test_a_plan_survives_the_way_to_the_workers(text_keep_ratio):
     plan = plan_of(vision_core_ratio=0.2, text_keep_ratio=text_keep_ratio)
-    assert pickle.loads(pickle.dumps(plan)) == plan
+    told = Compaction(plan, (7, 3, 9), in_place=True, num_copied=0)
+    assert pickle.loads(pickle.dumps(told)) == told

@@ -123,11 +123,6 @@ class AVLConfig(BaseModel):
     refresh_all_ranks: Switch = Field(
         False, description="tensor parallel: select core by the scores of all ranks"
     )
-    executor: Literal["auto", "pack", "gather"] = Field(
-        "auto",
-        description="how core is read: from blocks of its own (pack), through a list "
-        "inside the attention kernel (gather), or what is faster (auto)",
-    )
     attention: Literal["auto", "flash", "triton"] = Field(
         "auto",
         description="on CUDA, which of vLLM's attentions reads what is stored: "
@@ -176,12 +171,12 @@ class AVLConfig(BaseModel):
         )
 
     @property
-    def lists_core(self) -> bool:
-        """Whether a CUDA server reads core through lists, all its decode rows alike.
-
-        `auto` does where the server's own settings have core.
-        """
-        return self.executor == "gather" or (self.executor == "auto" and self.has_core)
+    def num_lists(self) -> int:
+        """Lists of core that a server's own requests need in a layer: 2 is many."""
+        if not self.has_core:
+            return 0
+        splits = POLICIES[self.policy].per_head or self.text_keep_ratio < 1
+        return 2 if splits else 1
 
     @property
     def core_ratio(self) -> float:
@@ -323,7 +318,6 @@ ALLOWED = {
     "text_min_tokens": COUNT,
     "text_decay": RATIO,
     "head_reduction": "mean or max",
-    "executor": "auto, pack or gather",
     "attention": "auto, flash or triton",
     "engage": "always or pressure",
     "engage_pool_use": RATIO,

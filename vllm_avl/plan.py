@@ -38,9 +38,9 @@ class Plan:
     """What becomes of one request's blocks.
 
     After the chunk that holds the last prompt token, the kept rows of the full prompt
-    blocks lie in the last `num_stored_blocks` of them, and the blocks before are free.
-    Of those, the last `num_core_blocks` hold what an ordinary decode step reads: core
-    and text. Each evicted block of text moves both borders one block on.
+    blocks lie in `num_stored_blocks` blocks of the request's own, and the prompt's are
+    given back. An ordinary decode step reads `num_core_blocks` blocks' worth of these
+    rows: core and text. Each evicted block of text makes one stored block less.
     """
 
     config: AVLConfig
@@ -50,7 +50,7 @@ class Plan:
     num_full_blocks: int
     num_stored_blocks: int
     num_core_blocks: int
-    """`num_stored_blocks` where every step reads all that is stored."""
+    """Blocks' worth of rows; `num_stored_blocks` where every step reads all of them."""
     vision_ranges: tuple[tuple[int, int], ...]
     """Half-open token ranges of all vision tokens of the prompt."""
     num_scoring_rows: int
@@ -80,10 +80,24 @@ class Plan:
         return self.num_vision_tokens - num_evicted * self.block_size
 
     @property
+    def num_stored_rows(self) -> int:
+        """Rows of the full prompt blocks that stay, text included."""
+        return self.num_stored_blocks * self.block_size
+
+    @property
+    def num_core_rows(self) -> int:
+        """Of these, how many an ordinary step reads."""
+        return self.num_core_blocks * self.block_size
+
+    @property
+    def num_secondary_rows(self) -> int:
+        """Rows that are stored, and read on refresh steps only."""
+        return self.num_stored_rows - self.num_core_rows
+
+    @property
     def num_core_vision(self) -> int:
         """Vision tokens in core, for a policy that keeps text."""
-        num_secondary = self.num_stored_blocks - self.num_core_blocks
-        return self.num_stored_vision - num_secondary * self.block_size
+        return self.num_stored_vision - self.num_secondary_rows
 
     @property
     def has_core(self) -> bool:
@@ -91,35 +105,40 @@ class Plan:
         return self.num_core_blocks < self.num_stored_blocks
 
     @property
-    def private_from(self) -> int:
-        """First block that is written again: it and all behind it are never shared."""
+    def first_stored_block(self) -> int:
+        """Index of the first stored block; what was in front is given back."""
         return self.num_full_blocks - self.num_stored_blocks
+
+    @property
+    def moves_rows(self) -> bool:
+        """Whether kept rows are copied or moved, so that they need blocks of their own.
+
+        Where all is stored and no text ages, the prompt's own blocks serve.
+        """
+        return self.first_stored_block > 0 or self.text_window is not None
 
     @property
     def max_hit_tokens(self) -> int:
         """Longest prefix-cache hit the request may take, in tokens.
 
-        It ends where the request's own writes begin, and leaves the scoring rows to
-        the chunk that compacts.
+        It leaves the scoring rows to the chunk that ends the prompt.
         """
-        blocks_before_scoring = (
-            self.num_prompt_tokens - self.num_scoring_rows
-        ) // self.block_size
-        return min(self.private_from, blocks_before_scoring) * self.block_size
+        left = self.num_prompt_tokens - self.last_chunk
+        return left // self.block_size * self.block_size
+
+    @property
+    def last_chunk(self) -> int:
+        """Tokens that the chunk which ends the prompt holds at least.
+
+        All scoring rows, and two: a lone last token looks like a decode step.
+        """
+        return min(max(self.num_scoring_rows, 2), self.num_prompt_tokens)
 
     def num_freed_blocks(self, num_tokens: int) -> int:
         """Blocks at the head that nobody reads once `num_tokens` are computed."""
         if num_tokens < self.num_prompt_tokens:
             return 0
-        return self.private_from + self.num_evicted_text_blocks(num_tokens)
-
-    def first_core_block(self, num_tokens: int) -> int:
-        """First block that an ordinary step reads after `num_tokens` computed ones."""
-        return (
-            self.num_freed_blocks(num_tokens)
-            + self.num_stored_blocks
-            - self.num_core_blocks
-        )
+        return self.first_stored_block + self.num_evicted_text_blocks(num_tokens)
 
     def num_text_tokens(self, num_tokens: int) -> int:
         """Text tokens that the window counts: all behind the first vision token."""
@@ -150,6 +169,19 @@ class Plan:
         interval = self.config.core_refresh_interval
         step = num_computed - self.num_prompt_tokens + 1
         return num_new > 1 or interval <= 1 or step % interval == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Compaction:
+    """What a worker is told of a request in the step that ends its prompt."""
+
+    plan: Plan
+    block_ids: tuple[int, ...]
+    """[num_stored_blocks] where kept rows go, as the block manager counts blocks."""
+    in_place: bool
+    """Whether some of these are among the prompt's blocks, and rows move in them."""
+    num_copied: int
+    """Where no row moves: how many of these are copies of the prompt's blocks."""
 
 
 def make_plan(
@@ -241,8 +273,8 @@ def round_ratio(ratio: float, count: int) -> int:
 def limit_chunk(plan: Plan, num_computed_tokens: int, num_new_tokens: int) -> int:
     """Shorten a prefill chunk so that compaction sees what it needs.
 
-    A chunk never crosses the prompt's end, and the one that ends there holds all
-    scoring rows (at least two tokens: a lone last token looks like a decode step).
+    A chunk never crosses the prompt's end, and the one that ends there holds
+    `plan.last_chunk` tokens at least.
 
     Returns:
         How many tokens to compute now; 0 means wait for a step with more room.
@@ -252,5 +284,4 @@ def limit_chunk(plan: Plan, num_computed_tokens: int, num_new_tokens: int) -> in
     remaining = plan.num_prompt_tokens - num_computed_tokens
     if num_new_tokens >= remaining:
         return remaining
-    last_chunk = min(max(plan.num_scoring_rows, 2), plan.num_prompt_tokens)
-    return max(min(num_new_tokens, remaining - last_chunk), 0)
+    return max(min(num_new_tokens, remaining - plan.last_chunk), 0)

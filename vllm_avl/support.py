@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -95,22 +95,6 @@ def refuse_vllm(problems: Sequence[str]) -> NoReturn:
     )
 
 
-def check_executor(executor: str, dtype: str, gathered: Collection[str] | None) -> None:
-    """Refuse a way to read core that the device's back end does not have.
-
-    Args:
-        executor: of the configuration.
-        dtype: of the model.
-        gathered: element types whose core can be gathered; None for all.
-    """
-    if executor == "gather" and gathered is not None and dtype not in gathered:
-        raise UnsupportedError(
-            f"{BACKEND} has additional_config.avl.executor = 'gather' on this device "
-            f"for {' and '.join(sorted(gathered))} only, and the model is {dtype}; "
-            f"leave it out, {WAY_OUT}"
-        )
-
-
 def check_base(attention: str, is_cuda: bool) -> None:
     """Refuse a choice of attention where there is none."""
     if attention != "auto" and not is_cuda:
@@ -195,13 +179,11 @@ def check_layer(
             )
 
 
-def check_layer_names(names: Sequence[str], index_of: Callable[[str], int]) -> None:
-    """Refuse layers that cannot be told apart by the number in their name."""
-    try:
-        indices = {index_of(name) for name in names}
-    except AssertionError:
-        indices = set()
-    if len(indices) != len(names):
+def check_layer_names(names: Sequence[str]) -> None:
+    """Refuse layers that cannot be told apart by the one number in their name."""
+    numbers = [[part for part in name.split(".") if part.isdigit()] for name in names]
+    told_apart = {int(found[0]) for found in numbers if len(found) == 1}
+    if len(told_apart) != len(names):
         raise UnsupportedError(
             f"{BACKEND} supports models whose attention layers are numbered, and the "
             f"names of this one's are {', '.join(names)}; choose another model, "

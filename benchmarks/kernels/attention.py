@@ -33,7 +33,7 @@ from vllm_avl.kernels.gpu import reference_attention
 from vllm_avl.kernels.gpu import selected_attention as kernels
 from ways import CHECKED_REQUESTS, Check, Way, Workload, on_copies
 
-from vllm_avl.backend.gather import num_splits
+from vllm_avl.backend.core_lists import num_splits
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,22 @@ class Case:
     dtype: torch.dtype
     splits: tuple[int, ...]
 
+    @property
+    def seq_len(self) -> int:
+        """Of a request that stores all."""
+        return self.vision_tokens + self.text_tokens
+
     def reads(self) -> list[Reads]:
-        """Return what a step can read; what is stored begins with a block."""
-        seq_len = self.vision_tokens + self.text_tokens
+        """Return what a step can read; whole blocks are evicted."""
         stored = harness.share(self.store, self.vision_tokens)
-        first = (self.vision_tokens - stored) // self.block_size * self.block_size
+        evicted = (self.vision_tokens - stored) // self.block_size * self.block_size
+        stored = self.seq_len - evicted
         num_core = harness.share(self.core, self.vision_tokens)
         return [
-            Reads("core", self.vision_tokens, seq_len, first, num_core),
-            Reads("refresh", first, seq_len, scored=True),
-            Reads("tail", first, seq_len),
-            Reads("full", 0, seq_len),
+            Reads("core", stored, stored - self.text_tokens, num_core),
+            Reads("refresh", stored, scored=True),
+            Reads("tail", stored),
+            Reads("full", self.seq_len),
         ]
 
 
@@ -88,7 +93,6 @@ class Ours:
             "seq_lens": same(reads.seq_len),
             "query_start_loc": starts,
             "first_slot": same(reads.first_slot),
-            "list_start": same(reads.list_start),
             "num_core": same(reads.num_core),
         }
         if reads.scored:
@@ -218,14 +222,13 @@ def build(case: Case, device: torch.device) -> Workload:
         case.batch, heads.num_heads, heads.head_size, dtype=dtype, device=device
     )
     copies = num_copies(least, device), case.batch
-    seq_len = all_reads[0].seq_len
-    pool = Pool.random(heads, case.block_size, seq_len, copies, query)
-    core_list = pool.list_core(all_reads[0])
+    pool = Pool.random(heads, case.block_size, case.seq_len, copies, query)
+    core_list = pool.last(all_reads[0].seq_len).list_core(all_reads[0])
     workload = Workload()
     for reads in all_reads:
-        ours = Ours(heads, pool, query, reads, core_list)
+        ours = Ours(heads, pool.last(reads.seq_len), query, reads, core_list)
         num_bytes = case.batch * row_bytes * reads.num_rows + 2 * query.nbytes
-        expected = ours.expected(pool.tables[0])
+        expected = ours.expected(ours.pool.tables[0])
         workload.ways += [
             our_way(ours, num_splits, num_bytes, expected) for num_splits in case.splits
         ]

@@ -21,9 +21,9 @@ class Tail(NamedTuple):
     """The slots that one copy of the batch reads, as any paged kernel takes them."""
 
     block_table: torch.Tensor
-    """[batch, blocks], without the blocks before the first slot read."""
+    """[batch, blocks], of what is stored."""
     seq_lens: torch.Tensor
-    """[batch] int32, without the slots of those blocks."""
+    """[batch] int32, as block_table."""
     max_seq_len: int
 
 
@@ -31,17 +31,12 @@ def tails(pool: Pool, reads: Reads) -> list[Tail]:
     """Return one tail a copy of the batch.
 
     Raises:
-        ValueError: the tail does not begin with a block.
+        ValueError: not all of the pool's slots are read.
     """
-    skipped, rest = divmod(reads.first_slot, pool.block_size)
-    if rest or reads.num_core:
-        raise ValueError(f"{reads.name} is not a tail of whole blocks")
+    if reads.first_slot or reads.num_core:
+        raise ValueError(f"{reads.name} does not read all that is stored")
     return [
-        Tail(
-            table[:, skipped:].contiguous(),
-            table.new_full((len(table),), reads.num_rows),
-            reads.num_rows,
-        )
+        Tail(table, table.new_full((len(table),), reads.num_rows), reads.num_rows)
         for table in pool.tables
     ]
 
@@ -162,7 +157,7 @@ def xformers_masks(pool: Pool, reads: Reads) -> list[Any]:
     # A paged mask cannot be made directly: xformers 0.0.35 refuses any lengths.
     gappy = attn_bias.BlockDiagonalGappyKeysMask.from_seqlens(
         [1] * batch,
-        [*(i * padding + reads.first_slot for i in range(batch)), batch * padding],
+        [i * padding for i in range(batch + 1)],
         [reads.num_rows] * batch,
         device=pool.tables.device,
     )

@@ -1,10 +1,10 @@
-"""What eviction costs beside the prefill: scores, choices, and moves of rows.
+"""What eviction costs beside the prefill: scores, choices, and copies of rows.
 
 For one LLaVA prompt: the scores of its tokens by the last w rows, the choice of what is
-stored and core, the move of the kept rows to the end of its blocks, and, of a refresh,
-the choice of a new core and the exchange of rows where core is packed. Each beside the
-prefill attention of the same prompt (FlashAttention where vLLM has it, otherwise
-torch's). Scores are checked against the oracle's error budget, the rest bit by bit.
+stored and core, the copies of the kept rows to private blocks, or in place to the last
+of its own, and, of a refresh, the choice of a new core. Each beside the prefill
+attention of the same prompt (FlashAttention where vLLM has it, otherwise torch's).
+Scores are checked against the oracle's error budget, the rest bit by bit.
 
   compaction.py              a prompt of LLaVA-1.5's size: needs a CUDA GPU
   compaction.py --quick      a few rounds on a GPU, no CSV row
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import harness
 import torch
@@ -24,18 +25,17 @@ from paged import SHAPES, TINY, Heads, Pool
 from timing import num_copies
 from torch.nn.functional import scaled_dot_product_attention
 from vllm_avl.kernels.gpu import (
-    compact_blocks,
-    exchange_rows,
+    copy_rows,
+    rank_rows,
     ranking,
     reference,
     select_core,
-    select_prompt,
     vision_scores,
 )
 from ways import Bits, Check, Way, Workload, on_copies
 
 PREFILL = "prefill"
-BITS = {2: torch.int16, 4: torch.int32}
+PRIVATE, IN_PLACE = "private", "in place"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,6 @@ class Case:
     tokens: int
     store: float
     core: float
-    turnover: float
     windows: tuple[int, ...]
     dtype: torch.dtype
 
@@ -68,7 +67,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokens=args.tokens,
             store=args.store,
             core=args.core,
-            turnover=args.turnover,
             windows=tuple(args.windows),
             dtype=harness.dtype_of(args),
         )
@@ -76,10 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     benchmark = harness.Benchmark(
         name="compaction",
-        modules=(
-            *(vision_scores, ranking, select_prompt, select_core),
-            *(compact_blocks, exchange_rows),
-        ),
+        modules=(vision_scores, ranking, rank_rows, select_core, copy_rows),
         baselines=(PREFILL,),
         build=build,
     )
@@ -95,7 +90,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tokens", type=int, default=2358, help="of the prompt (2358)")
     add("--store", type=float, default=0.5, help="of the tokens kept: S (0.5)")
     add("--core", type=float, default=0.3, help="of the tokens in core: C (0.3)")
-    add("--turnover", type=float, default=0.38, help="of core that changes (0.38)")
     add("--windows", type=int, nargs="+", default=[1, 32], help="rows w (1 32)")
     args = parser.parse_args(argv)
     if args.quick:
@@ -107,18 +101,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def build(case: Case, device: torch.device) -> Workload:
     """Return the prefill attention and everything that eviction adds to it."""
-    heads, num_rows = case.heads, harness.share(case.core, case.tokens)
-    moved = harness.share(case.turnover, num_rows)
-    copies = num_copies(4 * moved * case.row_bytes, device), 1
+    heads, num_kept = case.heads, harness.share(case.store, case.tokens)
+    least = min(case.tokens, 2 * 2 * num_kept) * case.row_bytes
+    # The blocks of a second request are private to the first.
+    copies = num_copies(least, device), 2
     shape = case.tokens, heads.num_heads, heads.head_size
     query = torch.randn(shape, dtype=case.dtype, device=device)
     pool = Pool.random(heads, case.block_size, case.tokens, copies, query)
     workload = Workload([prefill(case, query)])
     workload.ways += [score(case, pool, query, window) for window in case.windows]
-    workload.ways.append(choose_of_prompt(case, pool))
-    workload.ways.append(compact(case, pool))
-    workload.ways.append(choose_core(case, pool))
-    workload.ways.append(exchange(case, pool, num_rows, moved))
+    stored = Stored(case, pool)
+    workload.ways.append(rank(stored))
+    workload.ways += [copy(case, stored, where) for where in (PRIVATE, IN_PLACE)]
+    workload.ways.append(choose_core(stored))
     return workload
 
 
@@ -205,35 +200,48 @@ def score(case: Case, pool: Pool, query: torch.Tensor, window: int) -> Way:
     )
 
 
-class Choices:
-    """What is stored and core of a prompt all of whose tokens compete."""
+class Stored:
+    """What a prompt stores, all of whose full blocks' tokens compete."""
 
     def __init__(self, case: Case, pool: Pool) -> None:
-        size, self.pool, self.size = case.block_size, pool, case.block_size
-        self.device, self.num_heads = pool.tables.device, case.heads.num_kv_heads
-        self.num_slots = case.tokens // size * size
-        num_freed = int((1 - case.store) * self.num_slots) // size
-        self.start = num_freed * size
-        self.num_core = harness.share(case.core, self.num_slots)
+        size, self.pool, self.device = case.block_size, pool, pool.tables.device
+        self.num_heads = case.heads.num_kv_heads
+        self.num_ranked = case.tokens // size * size
+        num_freed = int((1 - case.store) * self.num_ranked) // size
+        self.num_stored = self.num_ranked - num_freed * size
+        self.num_core = harness.share(case.core, self.num_ranked)
+        self.prompt = pool.tables[:, 0]
+        self.private = pool.tables[:, 1, : self.num_stored // size].contiguous()
+        """[num_copies, blocks] that nobody else holds."""
+        self.last = pool.tables[:, 0, num_freed : self.num_ranked // size].contiguous()
+        """[num_copies, blocks] of the prompt's own."""
         # Whole numbers: heads are added in any order.
         scores = torch.randint(0, 1 << 16, (self.num_heads, pool.num_rows))
         self.scores = scores.float().to(self.device)
+        """By cache row; for the prompt, those of a head by token."""
 
-    def buffers(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return row tokens and the list, before anything is chosen."""
-        new = torch.zeros(2, self.pool.num_rows, dtype=torch.int32, device=device)
-        return new[0], new[1]
+    def rank(self, choose: Callable, device: str) -> torch.Tensor:
+        """Choose on a device; return the tokens that stay, on the CPU."""
+        scores = self.scores[:1, : self.num_ranked].to(device)
+        return choose(scores, scores, self.num_stored, self.num_core).cpu()
 
-    def of_prompt(
-        self, choose: Callable, blocks: torch.Tensor, buffers: Sequence[torch.Tensor]
-    ) -> torch.Tensor:
-        """Choose on the device of `blocks`; return the slots that move."""
-        scores = self.scores[0, : self.num_slots].to(blocks.device)
-        competes = torch.ones_like(scores, dtype=torch.bool)
-        budget = self.start, self.num_slots - self.start, self.num_core
-        return choose(scores, competes, blocks, self.size, *budget, *buffers)[0]
+    @cached_property
+    def order(self) -> torch.Tensor:
+        """[1, num_stored] int32 tokens that stay, core first, by the oracle."""
+        return self.rank(reference.rank_rows, "cpu")
 
-    def of_core(
+    def buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `select_core` updates of every copy: row tokens, empty lists."""
+        slots = torch.arange(self.num_stored)
+        tokens = 2 * self.order[0] + (slots < self.num_core)
+        rows = self.pool.rows_of(self.private.unsqueeze(1), slots.to(self.device))
+        row_tokens, core_list = torch.zeros(
+            2, self.pool.num_rows, dtype=torch.int32, device=self.device
+        )
+        row_tokens[rows] = tokens.int().to(self.device)
+        return row_tokens, core_list.unsqueeze(0)
+
+    def choose_core(
         self,
         choose: Callable,
         scores: torch.Tensor,
@@ -242,70 +250,54 @@ class Choices:
     ) -> torch.Tensor:
         """Choose a new core on the device of `blocks`; return what entered."""
         entered = blocks.new_zeros(1)
-        sizes = (self.start, self.num_slots, self.num_core)
-        ends = (blocks.new_full((1,), size) for size in sizes)
-        choose(scores, *buffers, entered, blocks.unsqueeze(0), self.size, *ends)
+        stop, size = (
+            blocks.new_full((1,), x) for x in (self.num_stored, self.num_core)
+        )
+        block_size = self.pool.block_size
+        choose(scores, *buffers, entered, blocks.unsqueeze(0), block_size, stop, size)
         return entered
 
-    def result_of_prompt(self, choose: Callable, device: str) -> torch.Tensor:
-        """Everything that is written, on the CPU."""
-        buffers = self.buffers(device)
-        source = self.of_prompt(choose, self.pool.tables[0, 0].to(device), buffers)
-        return torch.cat([source, *buffers]).cpu()
-
-    def result_of_core(self, choose: Callable, device: str) -> torch.Tensor:
-        """Everything that is written, on the CPU."""
-        blocks = self.pool.tables[0, 0]
-        buffers = self.buffers("cpu")
-        self.of_prompt(reference.select_prompt, blocks.cpu(), buffers)
-        buffers = [buffer.to(device) for buffer in buffers]
-        scores = self.scores.flip(1).to(device, copy=True)
-        entered = self.of_core(choose, scores, blocks.to(device), buffers)
-        return torch.cat([entered, *buffers]).cpu()
+    def chosen_core(self, choose: Callable, device: str) -> torch.Tensor:
+        """Everything that choosing a new core writes, on the CPU."""
+        scores = self.scores.to(device, copy=True)
+        buffers = [buffer.to(device) for buffer in self.buffers()]
+        blocks = self.private[0].to(device)
+        entered = self.choose_core(choose, scores, blocks, buffers)
+        return torch.cat([entered, *(buffer.flatten() for buffer in buffers)]).cpu()
 
 
-def choose_of_prompt(case: Case, pool: Pool) -> Way:
-    """Return the choice of what is stored, moved and listed."""
-    choices = Choices(case, pool)
-    buffers, ours = choices.buffers(choices.device), select_prompt.select_prompt
-    expected = choices.result_of_prompt(reference.select_prompt, "cpu")
+def rank(stored: Stored) -> Way:
+    """Return the choice of what is stored, and what of that is core."""
+    ours, device = rank_rows.rank_rows, stored.device
+    scores = stored.scores[:1, : stored.num_ranked].contiguous()
+    sizes = stored.num_stored, stored.num_core
     return Way(
-        labels={"operation": "select_prompt", "way": f"{choices.num_slots} tokens"},
-        calls=on_copies(
-            lambda blocks: choices.of_prompt(ours, blocks, buffers), pool.tables[:, 0]
-        ),
-        # A score, a key, a token and an entry each.
-        num_bytes=4 * 4 * choices.num_slots,
+        labels={"operation": "rank_rows", "way": f"{stored.num_ranked} tokens"},
+        calls=[lambda: ours(scores, scores, *sizes)],
+        # A score and a key each, and what stays.
+        num_bytes=4 * (2 * stored.num_ranked + stored.num_stored),
         checks=[
-            Bits(
-                "select_prompt",
-                lambda: choices.result_of_prompt(ours, choices.device.type),
-                expected,
-            )
+            Bits("rank_rows", lambda: stored.rank(ours, device.type), stored.order)
         ],
         required=True,
     )
 
 
-def choose_core(case: Case, pool: Pool) -> Way:
+def choose_core(stored: Stored) -> Way:
     """Return the choice of a new core by one refresh."""
-    choices = Choices(case, pool)
-    buffers, ours = choices.buffers(choices.device), select_core.select_core
-    for blocks in pool.tables[:, 0]:
-        choices.of_prompt(select_prompt.select_prompt, blocks, buffers)
-    expected = choices.result_of_core(reference.select_core, "cpu")
-    num_stored = choices.num_slots - choices.start
+    buffers, ours = stored.buffers(), select_core.select_core
+    expected = stored.chosen_core(reference.select_core, "cpu")
     return Way(
-        labels={"operation": "select_core", "way": f"{num_stored} stored"},
+        labels={"operation": "select_core", "way": f"{stored.num_stored} stored"},
         calls=on_copies(
-            lambda blocks: choices.of_core(ours, choices.scores, blocks, buffers),
-            pool.tables[:, 0],
+            lambda blocks: stored.choose_core(ours, stored.scores, blocks, buffers),
+            stored.private,
         ),
-        num_bytes=4 * (choices.num_heads + 3) * num_stored,
+        num_bytes=4 * (stored.num_heads + 3) * stored.num_stored,
         checks=[
             Bits(
                 "select_core",
-                lambda: choices.result_of_core(ours, choices.device.type),
+                lambda: stored.chosen_core(ours, stored.device.type),
                 expected,
             )
         ],
@@ -313,47 +305,38 @@ def choose_core(case: Case, pool: Pool) -> Way:
     )
 
 
-def compact(case: Case, pool: Pool) -> Way:
-    """Return the move of the kept rows to the end; both lists descend."""
-    device = pool.tables.device
-    num_kept = harness.share(case.store, case.tokens)
-    kept = torch.randperm(case.tokens, device=device)[:num_kept]
-    source = kept.sort(descending=True).values.int()
-    target = torch.arange(case.tokens - 1, case.tokens - 1 - num_kept, -1)
-    return moving(
-        case, pool, "compact_blocks", (source, target.int().to(device)), num_kept
-    )
+def copy(case: Case, stored: Stored, where: str) -> Way:
+    """Return the copies of the kept rows to private blocks, or to the prompt's own."""
+    pool, in_place = stored.pool, where == IN_PLACE
+    targets = stored.last if in_place else stored.private
+    blocks = list(zip(stored.prompt, targets, strict=True))
+    order = stored.order.to(stored.device)
 
+    def call(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+        source_blocks, target_blocks = pair
+        copy_rows.copy_rows(
+            pool.cache, source_blocks, order, target_blocks, in_place=in_place
+        )
 
-def exchange(case: Case, pool: Pool, num_core: int, num_pairs: int) -> Way:
-    """Return the exchange of rows at random places in core with others outside it."""
-    device = pool.tables.device
-    first_core = case.tokens - num_core
-    leaving = first_core + torch.randperm(num_core, device=device)[:num_pairs]
-    entering = torch.randperm(first_core, device=device)[:num_pairs]
-    pairs = entering.int(), leaving.int()
-    return moving(case, pool, "exchange_rows", pairs, 2 * num_pairs)
-
-
-def moving(
-    case: Case, pool: Pool, name: str, lists: tuple[torch.Tensor, ...], num_rows: int
-) -> Way:
-    """Return an operation that writes `num_rows` rows, keys and values."""
-    move = getattr({"compact_blocks": compact_blocks}.get(name, exchange_rows), name)
-
-    def moved(by: Callable) -> torch.Tensor:
+    def copied(by: Callable, device: str) -> torch.Tensor:
         cache = pool.cache.clone()
-        by(*cache.split(case.heads.head_size, -1), pool.tables[0, 0], *lists)
-        return cache.view(BITS[case.dtype.itemsize])
+        source_blocks, target_blocks = (ids.to(device) for ids in blocks[0])
+        by(cache, source_blocks, order.to(device), target_blocks, in_place=in_place)
+        return cache.view(copy_rows.BITS[cache.itemsize])
 
+    # The oracle looks up blocks one by one: not on a device, which it would wait for.
+    expected = copied(reference.copy_rows, "cpu")
     return Way(
-        labels={"operation": name, "way": f"{len(lists[0])} moves"},
-        calls=on_copies(
-            lambda blocks: move(pool.keys, pool.values, blocks, *lists),
-            pool.tables[:, 0],
-        ),
-        num_bytes=2 * 2 * num_rows * case.row_bytes,
-        checks=[Bits(name, lambda: moved(move), moved(getattr(reference, name)))],
+        labels={"operation": "copy_rows", "way": f"{order.shape[1]} rows, {where}"},
+        calls=on_copies(call, blocks),
+        num_bytes=2 * 2 * order.numel() * case.row_bytes,
+        checks=[
+            Bits(
+                f"copy_rows, {where}",
+                lambda: copied(copy_rows.copy_rows, stored.device.type),
+                expected,
+            )
+        ],
         required=True,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -40,9 +40,8 @@ class Reads:
     """What every request reads: listed slots, then the slots from `first_slot` on."""
 
     name: str
-    first_slot: int
     seq_len: int
-    list_start: int = 0
+    first_slot: int = 0
     num_core: int = 0
     scored: bool = False
 
@@ -118,13 +117,23 @@ class Pool:
         blocks = tables.long().gather(-1, slots // self.block_size)
         return blocks * self.block_size + slots % self.block_size
 
+    def last(self, seq_len: int) -> Pool:
+        """Return the pool of requests that store their last slots alone.
+
+        Raises:
+            ValueError: what is stored does not begin with a block.
+        """
+        num_blocks, rest = divmod(self.seq_len - seq_len, self.block_size)
+        if rest:
+            raise ValueError(f"the last {seq_len} slots do not begin with a block")
+        tables = self.tables[..., num_blocks:].contiguous()
+        return replace(self, tables=tables, seq_len=seq_len)
+
     def list_core(self, reads: Reads) -> torch.Tensor:
-        """Return a core list: slots from list_start up to the tail, in no order."""
-        num_stored = reads.first_slot - reads.list_start
-        device = self.tables.device
-        order = torch.rand(*self.tables.shape[:2], num_stored, device=device).argsort()
-        core = reads.list_start + order[..., : reads.num_core]
-        entries = reads.list_start + torch.arange(reads.num_core, device=device)
+        """Return a core list: slots in front of the tail, in no order."""
+        device, shape = self.tables.device, (*self.tables.shape[:2], reads.first_slot)
+        core = torch.rand(shape, device=device).argsort()[..., : reads.num_core]
+        entries = torch.arange(reads.num_core, device=device)
         core_list = torch.zeros(1, self.num_rows, dtype=torch.int32, device=device)
         core_list[0, self.rows_of(self.tables, entries)] = core.int()
         return core_list
@@ -134,7 +143,7 @@ class Pool:
     ) -> torch.Tensor:
         """Return [batch, num_rows] cache rows that one copy of the batch reads."""
         device = table.device
-        entries = reads.list_start + torch.arange(reads.num_core, device=device)
+        entries = torch.arange(reads.num_core, device=device)
         core = core_list[0, self.rows_of(table, entries)]
         tail = torch.arange(reads.first_slot, self.seq_len, device=device)
         slots = torch.cat([core, tail.expand(len(table), -1)], 1)

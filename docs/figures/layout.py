@@ -123,7 +123,7 @@ def draw(plan: Plan, file: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 6.5))
     strips = Strips(axes, plan.block_size)
     draw_prompt(strips, plan)
-    draw_compacted(strips, plan)
+    draw_stored(strips, plan)
     draw_ordinary_step(strips, plan, plan.num_prompt_tokens + ORDINARY_STEP)
     draw_refresh_step(strips, plan, next_refresh(plan, ORDINARY_STEP))
     draw_evicted_text(strips, plan, evicting)
@@ -155,34 +155,42 @@ def draw_prompt(strips: Strips, plan: Plan) -> None:
     strips.axes.text(length / plan.block_size, below, note, ha="right", va="top")
 
 
-def draw_compacted(strips: Strips, plan: Plan) -> None:
-    """Draw what is left after the step that computes the last prompt token."""
+def draw_stored(strips: Strips, plan: Plan) -> None:
+    """Draw what is stored after the step that computes the last prompt token."""
     length = plan.num_prompt_tokens
     freed = plan.num_freed_blocks(length)
-    secondary = plan.num_stored_blocks - plan.num_core_blocks
     text = plan.num_full_tokens - plan.num_vision_tokens
-    strips.begin("Compaction, at the end of the prompt's last step", below=2.1)
+    secondary = plan.num_secondary_rows
+    strips.begin(
+        "The end of the prompt: kept rows are copied, best first, to private blocks",
+        below=2.1,
+    )
     labels = (
-        f"freed: {freed} blocks",
-        f"secondary: {secondary} blocks\n{secondary * plan.block_size} vision",
-        f"core + text: {plan.num_core_blocks} blocks\n"
-        f"{plan.num_core_vision} vision, {text} text",
+        f"nothing: {freed} blocks less",
+        f"text + core: {plan.num_core_blocks} blocks\n"
+        f"{text} text, {plan.num_core_vision} vision",
+        f"secondary:\n{secondary} vision",
     )
     strips.fill(regions(plan, length, labels), length)
     end = length / plan.block_size + 0.4
     where = strips.top - STRIP_HEIGHT / 2
     note = "partial\nblock: stays"
     strips.axes.text(end, where, note, va="center", fontsize=9)
+    below = strips.top - STRIP_HEIGHT - 0.1
+    note = f"all {plan.num_full_blocks} blocks of the prompt go back, exact and hashed"
+    strips.axes.text(0, below, note, ha="left", va="top", fontsize=9.5)
 
 
 def draw_ordinary_step(strips: Strips, plan: Plan, length: int) -> None:
     """Draw a step that reads core, text and what has been generated."""
     step = length - plan.num_prompt_tokens
     assert not plan.refreshes(length - 1, 1)
-    strips.begin(f"An ordinary step (t = {step}) reads from core on", below=2.0)
+    strips.begin(f"An ordinary step (t = {step}) reads core and text", below=2.3)
     strips.fill(regions(plan, length), length)
-    start = plan.first_core_block(length - 1) * plan.block_size
-    strips.bracket(start, length, f"read: {length - start} rows")
+    start = plan.num_freed_blocks(length - 1) * plan.block_size
+    strips.bracket(start, start + plan.num_core_rows, f"read: {plan.num_core_rows}")
+    behind = length - plan.num_full_tokens
+    strips.bracket(plan.num_full_tokens, length, f"and {behind} rows")
     end = length / plan.block_size + 0.2
     where = strips.top - STRIP_HEIGHT / 2
     strips.axes.text(end, where, "generated,\nappended", va="center", fontsize=9)
@@ -193,62 +201,53 @@ def draw_refresh_step(strips: Strips, plan: Plan, length: int) -> None:
     step = length - plan.num_prompt_tokens
     interval = plan.config.core_refresh_interval
     strips.begin(
-        f"A refresh step (t = {step}, K = {interval}) reads all that is stored, "
-        "then rows change places",
+        f"A refresh step (t = {step}, K = {interval}) reads all that is stored; "
+        "core is other slots from now on, no row moves",
         below=2.3,
     )
-    strips.fill(regions(plan, length), length)
+    strips.fill(regions(plan, length, ("", "text + core, scattered", "")), length)
     start = plan.num_freed_blocks(length - 1) * plan.block_size
     strips.bracket(start, length, f"read: {length - start} rows")
-    border = plan.first_core_block(length)
-    strips.arrow(border - 0.8, border + 0.8, 0.57 * STRIP_HEIGHT)
-    strips.arrow(border + 0.8, border - 0.8, 0.27 * STRIP_HEIGHT)
 
 
 def draw_evicted_text(strips: Strips, plan: Plan, length: int) -> None:
     """Draw the blocks after the first block's worth of text has left."""
     strips.begin(
         f"A block's worth of text leaves (after t = {length - plan.num_prompt_tokens}):"
-        " both borders move one block on",
+        " what survives of the first block fills its holes",
         below=2.3,
     )
-    old, new = plan.num_freed_blocks(length - 1), plan.num_freed_blocks(length)
-    core = plan.first_core_block(length)
-    vision = plan.num_core_vision + count(plan.vision_ranges) - plan.num_vision_tokens
-    num_text = length - core * plan.block_size - vision
-    spans = [
-        (0, new, FREED, f"freed: {new} blocks"),
-        (new, core, SECONDARY, "secondary"),
-        (
-            core,
-            length / plan.block_size,
-            CORE,
-            f"core + text: {vision} vision, {num_text} text",
-        ),
-    ]
     size = plan.block_size
-    strips.fill([(a * size, b * size, *rest) for a, b, *rest in spans], length)
+    old, new = plan.num_freed_blocks(length - 1), plan.num_freed_blocks(length)
+    strips.fill(
+        [
+            (0, new * size, FREED, f"nothing: {new} blocks less"),
+            (new * size, plan.num_full_tokens, CORE, "text + core, and secondary"),
+            (plan.num_full_tokens, length, GENERATED, ""),
+        ],
+        length,
+    )
     assert not plan.refreshes(length, 1)
-    read = length + 1 - core * size
-    strips.bracket(core * size, length, f"the next ordinary step reads {read} rows")
-    for border in (new, core):
-        strips.arrow(border - (new - old), border, 0.15 * STRIP_HEIGHT)
+    num_read = length + 1 - new * size - plan.num_secondary_rows
+    note = f"the next ordinary step reads {num_read} of these rows"
+    strips.bracket(new * size, length, note)
+    for block in range(old, new):
+        strips.arrow(block + 0.5, plan.num_full_blocks + 1, 0.15 * STRIP_HEIGHT)
 
 
 def regions(
     plan: Plan,
     length: int,
-    labels: Sequence[str] = ("freed", "secondary", "core + text"),
+    labels: Sequence[str] = ("", "text + core", "secondary"),
 ) -> list[Span]:
     """Return the spans of a request that has not evicted any text yet."""
-    size = plan.block_size
-    freed = plan.num_freed_blocks(length) * size
-    core = plan.first_core_block(length) * size
+    freed = plan.num_freed_blocks(length) * plan.block_size
+    core = freed + plan.num_core_rows
     prompt = plan.num_prompt_tokens
     return [
         (0, freed, FREED, labels[0]),
-        (freed, core, SECONDARY, labels[1]),
-        (core, plan.num_full_tokens, CORE, labels[2]),
+        (freed, core, CORE, labels[1]),
+        (core, plan.num_full_tokens, SECONDARY, labels[2]),
         (plan.num_full_tokens, prompt, PARTIAL, ""),
         (prompt, length, GENERATED, ""),
     ]

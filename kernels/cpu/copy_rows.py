@@ -1,7 +1,9 @@
 """Copies cache rows between slots, of one request's blocks or of two's.
 
-An item is the keys or the values of a KV head. Its rows are read whole, into a thread's
-own memory, before any is written: source and target may overlap.
+An item is the keys or the values of a KV head. Where rows are written that are read for
+other ones, an item's are read whole, into a thread's own memory, before any is written.
+Keys lie by column: they are compressed there first, a window of slots at a time, where
+the slots ascend and the processor can.
 """
 
 from __future__ import annotations
@@ -19,6 +21,13 @@ from vllm_avl.kernels.cpu.threads import (
     share,
     thread_index,
     write,
+)
+from vllm_avl.kernels.cpu.vectors import (
+    COMPRESSED,
+    PIECE,
+    WINDOW,
+    compress,
+    copy_piece,
 )
 
 BITS = {1: types.uint8, 2: types.uint16, 4: types.uint32}
@@ -51,34 +60,103 @@ def _locate(call: Any, item: int, blocks: int, slots: int, places: int) -> None:
 
 
 @compiled
-def _copy_keys(call: Any, source: int, target: int, kept: int) -> None:
-    """Copy columns, by way of `kept`, the address of [head_size, count]."""
+def _keep_keys(call: Any, source: int, kept: int) -> None:
+    """Read columns into [head_size, `call.width`] at address `kept`, one by one."""
     cache, step, element = call.cache, call.block_size, call.element
-    for places in (source, target):
-        for first in range(0, call.count, RUN):
-            end = min(first + RUN, call.count)
-            for d in range(call.head_size):
-                for index in range(first, end):
-                    at = read(places, types.int64, index) + d * step
-                    number = d * call.count + index
-                    if places == source:
-                        copy_element(cache, at, kept, number, element)
-                    else:
-                        copy_element(kept, number, cache, at, element)
+    for first in range(0, call.count, RUN):
+        end = min(first + RUN, call.count)
+        for d in range(call.head_size):
+            for index in range(first, end):
+                at = read(source, types.int64, index) + d * step
+                copy_element(cache, at, kept, d * call.width + index, element)
+
+
+@compiled
+def _first_slot(call: Any, item: int) -> int:
+    """Address of the slots that an item reads."""
+    first = item // 2 * call.count if call.num_rankings > 1 else 0
+    return call.source + 4 * first
+
+
+@compiled
+def _ascends(call: Any, item: int) -> bool:
+    """Whether nearly every slot is higher than the one before it."""
+    slots, num_lower = _first_slot(call, item), 0
+    for index in range(1, call.count):
+        before = read(slots, types.int32, index - 1)
+        num_lower += read(slots, types.int32, index) <= before
+    return 8 * num_lower < call.count
+
+
+@compiled
+def _keep_windows(call: Any, item: int, source: int, kept: int) -> None:
+    """As `_keep_keys`, of slots that ascend: windows of them at a time."""
+    slots = _first_slot(call, item)
+    step, size = call.block_size * call.itemsize, call.itemsize
+    index = 0
+    while index < call.count:
+        first, last = index, np.int64(-1)
+        window = np.int64(read(slots, types.int32, index)) // WINDOW
+        marks = np.int64(0)
+        while index < call.count:
+            slot = np.int64(read(slots, types.int32, index))
+            if slot // WINDOW != window or slot <= last:
+                break
+            marks |= np.int64(1) << (slot - window * WINDOW)
+            last = slot
+            index += 1
+        at = read(source, types.int64, index - 1) - (last - window * WINDOW)
+        line, to = call.cache + at * size, kept + first * size
+        for _ in range(call.head_size):
+            compress(line, marks, to, call.element)
+            line += step
+            to += call.width * size
+
+
+@compiled
+def _place_keys(call: Any, target: int, kept: int) -> None:
+    """Write what `_keep_keys` has read."""
+    cache, step, element = call.cache, call.block_size, call.element
+    for first in range(0, call.count, RUN):
+        end = min(first + RUN, call.count)
+        for d in range(call.head_size):
+            for index in range(first, end):
+                at = read(target, types.int64, index) + d * step
+                copy_element(kept, d * call.width + index, cache, at, element)
+
+
+@compiled
+def _place_blocks(call: Any, target: int, kept: int) -> int:
+    """As `_place_keys`, of whole blocks of targets; return how many rows those were."""
+    step, size = call.block_size * call.itemsize, call.itemsize
+    num_rows = call.count // call.block_size * call.block_size
+    for first in range(0, num_rows, call.block_size):
+        to = call.cache + read(target, types.int64, first) * size
+        line = kept + first * size
+        for _ in range(call.head_size):
+            for piece in range(0, step, PIECE):
+                copy_piece(line + piece, to + piece)
+            to += step
+            line += call.width * size
+    return num_rows
 
 
 @compiled
 def _copy_values(call: Any, source: int, target: int, kept: int) -> None:
-    """Copy rows, by way of `kept`, the address of [count, head_size]."""
-    cache, size, element = call.cache, call.head_size, call.element
-    for places in (source, target):
+    """Copy rows, by way of `kept` where others are read that have been written."""
+    size = call.head_size * call.itemsize
+    for index in range(call.count):
+        at = call.cache + read(source, types.int64, index) * call.itemsize
+        to = kept + index * size
+        if not call.in_place:
+            to = call.cache + read(target, types.int64, index) * call.itemsize
+        for piece in range(0, size, PIECE):
+            copy_piece(at + piece, to + piece)
+    if call.in_place:
         for index in range(call.count):
-            at, number = read(places, types.int64, index), index * size
-            for d in range(size):
-                if places == source:
-                    copy_element(cache, at + d, kept, number + d, element)
-                else:
-                    copy_element(kept, number + d, cache, at + d, element)
+            to = call.cache + read(target, types.int64, index) * call.itemsize
+            for piece in range(0, size, PIECE):
+                copy_piece(kept + index * size + piece, to + piece)
 
 
 def _copy(data: Any) -> None:
@@ -86,15 +164,20 @@ def _copy(data: Any) -> None:
     count, index = call.count, np.int64(thread_index())
     source = call.places + 16 * count * index
     target = source + 8 * count
-    kept = call.kept + count * call.head_size * call.itemsize * index
+    kept = call.kept + call.width * call.head_size * call.itemsize * index
     first, end = share(2 * call.num_kv_heads)
     for item in range(first, end):
         _locate(call, item, call.source_blocks, call.source, source)
         _locate(call, item, call.target_blocks, call.target, target)
         if item % 2:
             _copy_values(call, source, target, kept)
+            continue
+        if call.compresses and _ascends(call, item):
+            _keep_windows(call, item, source, kept)
         else:
-            _copy_keys(call, source, target, kept)
+            _keep_keys(call, source, kept)
+        if call.target or _place_blocks(call, target, kept) < count:
+            _place_keys(call, target, kept)
 
 
 LOOP = Loop(
@@ -103,6 +186,7 @@ LOOP = Loop(
         *("cache", "num_kv_heads", "block_size", "head_size"),
         *("source_blocks", "source", "target_blocks", "target"),
         *("num_rankings", "count", "places", "kept", "itemsize"),
+        *("width", "compresses", "in_place"),
     ],
 )
 
@@ -114,11 +198,12 @@ def copy_rows(
     source: torch.Tensor,
     target_blocks: torch.Tensor,
     target: torch.Tensor | None = None,
+    *,
+    in_place: bool = True,
 ) -> None:
     """Copy the key and value rows of every KV head, bit by bit.
 
-    Every source row of a head is read before a target row of that head is written. A
-    thread holds the keys or the values of a head.
+    A thread holds the keys or the values of a head.
 
     Args:
         kv_cache: as this package describes.
@@ -129,6 +214,8 @@ def copy_rows(
             num_kv_heads, or 1 for all heads alike.
         target_blocks: as source_blocks.
         target: as source, distinct in a head; None for 0..num_rows-1.
+        in_place: whether rows may be written that are read for others: all of a head
+            are read first.
     """
     num_rankings, count = source.shape
     num_kv_heads = kv_cache.shape[1]
@@ -141,9 +228,12 @@ def copy_rows(
     assert kv_cache.is_contiguous()
     itemsize, threads = kv_cache.element_size(), torch.get_num_threads()
     places = torch.empty(threads, 2, count, dtype=torch.int64)
-    kept = torch.empty(threads, count * head_size * itemsize, dtype=torch.uint8)
+    # What is compressed is stored in whole windows.
+    width = count + WINDOW
+    kept = torch.empty(threads, width * head_size * itemsize, dtype=torch.uint8)
+    bits = BITS[itemsize]
     LOOP.run(
-        BITS[itemsize],
+        bits,
         kv_cache.data_ptr(),
         num_kv_heads,
         kv_cache.shape[3] // head_size,
@@ -157,4 +247,7 @@ def copy_rows(
         places.data_ptr(),
         kept.data_ptr(),
         itemsize,
+        width,
+        bits in COMPRESSED,
+        in_place,
     )

@@ -70,6 +70,8 @@ def copy_rows(
     source: torch.Tensor,
     target_blocks: torch.Tensor,
     target: torch.Tensor | None = None,
+    *,
+    in_place: bool = True,
 ) -> None:
     """As `cpu.copy_rows`."""
     if target is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from vllm_avl.kernels import reference
 
 
 def vision_scores(
@@ -16,44 +15,55 @@ def vision_scores(
     k_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `kernels.gpu.vision_scores`, in the precision of `query`."""
-    keys = key_cache.to(query.dtype)
+    num_rows, num_heads, _ = query.shape
+    group = num_heads // key_cache.shape[1]
+    scores = query.new_zeros(num_heads, num_tokens)
+    keys = _rows(key_cache.to(query.dtype), blocks.long(), num_tokens)
     if k_scale is not None:
         keys = keys * k_scale.to(query.dtype)
-    return reference.attention_scores(
-        query, keys, blocks.long(), num_tokens, scale, soft_cap
-    )
+    for row in range(num_rows):
+        visible = num_tokens - num_rows + 1 + row
+        for head in range(num_heads):
+            seen = keys[:visible, head // group]
+            scores[head, :visible] += _attend(query[row, head], seen, scale, soft_cap)
+    return scores
 
 
-def exchange_rows(
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    blocks: torch.Tensor,
+def _attend(
+    query: torch.Tensor, keys: torch.Tensor, scale: float, soft_cap: float
+) -> torch.Tensor:
+    """[num_keys] attention probabilities of one row and head."""
+    logits = keys @ query * scale
+    if soft_cap:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    return torch.exp(logits - torch.logsumexp(logits, 0))
+
+
+def _rows(cache: torch.Tensor, blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """[num_tokens, num_kv_heads, head_size] of one sequence."""
+    return cache[blocks].transpose(1, 2).flatten(0, 1)[:num_tokens]
+
+
+def copy_rows(
+    kv_cache: torch.Tensor,
+    source_blocks: torch.Tensor,
     source: torch.Tensor,
-    target: torch.Tensor,
-    heads: torch.Tensor | None = None,
+    target_blocks: torch.Tensor,
+    target: torch.Tensor | None = None,
+    *,
+    in_place: bool = False,
 ) -> None:
-    """As `kernels.gpu.exchange_rows`."""
-    real = source >= 0
-    moved = None if heads is None else heads[real]
-    reference.exchange_rows(
-        key_cache, value_cache, blocks.long(), source[real], target[real], moved
-    )
-
-
-def compact_blocks(
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    blocks: torch.Tensor,
-    source: torch.Tensor,
-    target: torch.Tensor,
-    heads: torch.Tensor | None = None,
-) -> None:
-    """As `kernels.gpu.compact_blocks`."""
-    real = (source >= 0) & (target >= 0)
-    moved = None if heads is None else heads[real]
-    reference.compact_blocks(
-        key_cache, value_cache, blocks.long(), source[real], target[real], moved
-    )
+    """As `kernels.gpu.copy_rows`."""
+    _, num_kv_heads, block_size, _ = kv_cache.shape
+    before = kv_cache.clone() if in_place else kv_cache
+    for head in range(num_kv_heads):
+        old = source[min(head, len(source) - 1)].tolist()
+        new = range(len(old))
+        if target is not None:
+            new = target[min(head, len(target) - 1)].tolist()
+        for i, j in zip(old, new, strict=True):
+            row = before[source_blocks[i // block_size], head, i % block_size]
+            kv_cache[target_blocks[j // block_size], head, j % block_size] = row
 
 
 def select_columns_matmul(
@@ -81,35 +91,20 @@ def _best(scores: torch.Tensor, positions: torch.Tensor, count: int) -> torch.Te
     return in_order[best]
 
 
-def select_prompt(
+def rank_rows(
     scores: torch.Tensor,
-    competes: torch.Tensor,
-    blocks: torch.Tensor,
-    block_size: int,
-    start: int,
+    core_scores: torch.Tensor,
     num_stored: int,
-    num_core: int = 0,
-    row_tokens: torch.Tensor | None = None,
-    core_list: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `kernels.gpu.select_prompt`."""
-    slots = torch.arange(len(competes))
-    candidates = slots[competes]
-    best = candidates[_best(scores[competes], candidates, num_stored)]
-    stays = ~competes
-    stays[best] = True
-    source, target = slots[stays & (slots < start)], slots[~stays & (slots >= start)]
-    tokens = torch.where(competes, 2 * slots, ~slots)
-    tokens[best[:num_core]] += 1
-    tokens[target] = tokens[source]
-    if row_tokens is not None and core_list is not None:
-        rows = blocks.long()[slots // block_size] * block_size + slots % block_size
-        row_tokens[rows[start:]] = tokens[start:].int()
-        listed = slots[((tokens < 0) | (tokens % 2 == 1)) & (slots >= start)]
-        core_list[rows[start : start + len(listed)]] = listed.int()
-    num_moves = min(start, len(slots) - start)
-    padding = torch.full((num_moves - len(source),), -1)
-    return torch.cat([source, padding]).int(), torch.cat([target, padding]).int()
+    num_core: int,
+) -> torch.Tensor:
+    """As `kernels.gpu.rank_rows`."""
+    chosen = []
+    for of_stored, of_core in zip(scores, core_scores, strict=True):
+        stored = _best(of_stored, torch.arange(len(of_stored)), num_stored)
+        core = stored[_best(of_core[stored], stored, num_core)]
+        others = stored[~torch.isin(stored, core)]
+        chosen.append(torch.cat([core.sort().values, others.sort().values]))
+    return torch.stack(chosen).int()
 
 
 def select_core(
@@ -119,7 +114,6 @@ def select_core(
     num_entered: torch.Tensor,
     block_table: torch.Tensor,
     block_size: int,
-    start: torch.Tensor,
     stop: torch.Tensor,
     num_listed: torch.Tensor,
 ) -> None:
@@ -127,7 +121,7 @@ def select_core(
     for request, length in enumerate(num_listed.tolist()):
         if not length:
             continue
-        slots = torch.arange(int(start[request]), int(stop[request]))
+        slots = torch.arange(int(stop[request]))
         blocks = block_table[request].long()[slots // block_size]
         rows = blocks * block_size + slots % block_size
         tokens = row_tokens[rows]
@@ -141,4 +135,4 @@ def select_core(
         tokens[competes] = (2 * positions + chosen).int()
         row_tokens[rows] = tokens
         listed = slots[(tokens < 0) | (tokens % 2 == 1)]
-        core_list[rows[:length]] = listed.int()
+        core_list[:, rows[:length]] = listed.int()

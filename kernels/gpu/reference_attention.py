@@ -15,7 +15,6 @@ def selected_attention(
     query_start_loc: torch.Tensor,
     first_slot: torch.Tensor,
     core_list: torch.Tensor,
-    list_start: torch.Tensor,
     num_core: torch.Tensor,
     scale: float,
     soft_cap: float = 0.0,
@@ -35,9 +34,11 @@ def selected_attention(
     for request, blocks in enumerate(block_table):
         first, stop = query_start_loc[request : request + 2].tolist()
         for token in range(first, stop):
-            entries = torch.arange(int(num_core[request])) + list_start[request]
+            entries = torch.arange(int(num_core[request]), device=blocks.device)
             tail_end = int(seq_lens[request]) - (stop - 1 - token)
-            tail = torch.arange(int(first_slot[request]), tail_end)
+            tail = torch.arange(
+                int(first_slot[request]), tail_end, device=blocks.device
+            )
             for head in range(query.shape[1]):
                 kv_head = head // group
                 keys, values = key_cache[:, kv_head], value_cache[:, kv_head]

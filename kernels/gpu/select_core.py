@@ -22,15 +22,16 @@ def _select_core_kernel(
     scores_ptr,  # [num_heads, num_blocks * block_size] fp32
     keys_ptr,  # the first row of scores as int32
     row_tokens_ptr,  # [num_blocks * block_size]
-    core_list_ptr,  # [num_blocks * block_size]
+    core_list_ptr,  # [num_lists, num_blocks * block_size]
     num_entered_ptr,  # [1]
     block_table_ptr,  # [num_reqs, max_blocks]
-    start_ptr,  # [num_reqs]
     stop_ptr,  # [num_reqs]
     num_listed_ptr,  # [num_reqs]
     scores_stride,
+    list_stride,
     table_stride,
     num_heads: tl.constexpr,
+    num_lists: tl.constexpr,
     block_size: tl.constexpr,
     block_n: tl.constexpr,
 ):
@@ -39,12 +40,11 @@ def _select_core_kernel(
     num_listed = tl.load(num_listed_ptr + request)
     if num_listed == 0:
         return
-    start = tl.load(start_ptr + request)
     stop = tl.load(stop_ptr + request)
     blocks_ptr = block_table_ptr + request * table_stride
 
     num_fixed = tl.zeros([], tl.int32)
-    for first in range(start, stop, block_n):
+    for first in range(0, stop, block_n):
         slot = first + tl.arange(0, block_n)
         exists = slot < stop
         row = cache_rows(blocks_ptr, slot, exists, block_size)
@@ -62,7 +62,7 @@ def _select_core_kernel(
         keys_ptr,
         row_tokens_ptr,
         blocks_ptr,
-        start,
+        0,
         stop,
         num_listed - num_fixed,
         block_size,
@@ -70,9 +70,9 @@ def _select_core_kernel(
     )
     tl.debug_barrier()
 
-    place = start
+    place = tl.zeros([], tl.int32)
     num_entered = tl.zeros([], tl.int32)
-    for first in range(start, stop, block_n):
+    for first in range(0, stop, block_n):
         slot = first + tl.arange(0, block_n)
         exists = slot < stop
         row = cache_rows(blocks_ptr, slot, exists, block_size)
@@ -86,7 +86,10 @@ def _select_core_kernel(
         listed = (exists & (chosen | ~competes)).to(tl.int32)
         entry = place + tl.cumsum(listed, 0) - 1
         entry = cache_rows(blocks_ptr, entry, listed != 0, block_size)
-        tl.store(core_list_ptr + entry, slot, mask=listed != 0)
+        entry_ptr = core_list_ptr + entry
+        for _ in range(num_lists):
+            tl.store(entry_ptr, slot, mask=listed != 0)
+            entry_ptr += list_stride
         place += count(listed != 0)
     tl.atomic_add(num_entered_ptr, num_entered, sem="relaxed")
 
@@ -98,7 +101,6 @@ def select_core(
     num_entered: torch.Tensor,
     block_table: torch.Tensor,
     block_size: int,
-    start: torch.Tensor,
     stop: torch.Tensor,
     num_listed: torch.Tensor,
 ) -> None:
@@ -110,13 +112,15 @@ def select_core(
     Args:
         scores: [num_heads, num_blocks * block_size] fp32, not negative, by cache row.
             The first row is used up where a request is looked at.
-        row_tokens: [num_blocks * block_size] int32, as `select_prompt` leaves it;
-            updated.
-        core_list: as `select_prompt` leaves it; written anew.
+        row_tokens: [num_blocks * block_size] int32, updated. At a stored slot's cache
+            row: twice its token's position, and 1 more where it is core; the
+            position's complement where it does not compete.
+        core_list: [num_lists, num_blocks * block_size] int32, written anew, all lists
+            alike. Entry i, at the cache row of slot i, is the i-th slot, ascending,
+            that holds core or what does not compete.
         num_entered: [1] int32; rows are added that had not been core before.
-        block_table: [num_reqs, max_blocks] int32.
+        block_table: [num_reqs, max_blocks] int32, blocks of what is stored.
         block_size: slots of a block.
-        start: [num_reqs] int32, first stored slot.
         stop: [num_reqs] int32, slot behind the last that is listed or competes.
         num_listed: [num_reqs] int32, entries of the new list; 0 leaves a request alone.
     """
@@ -128,12 +132,13 @@ def select_core(
         core_list,
         num_entered,
         block_table,
-        start,
         stop,
         num_listed,
         scores.stride(0),
+        core_list.stride(0),
         block_table.stride(0),
         num_heads=len(scores),
+        num_lists=len(core_list),
         block_size=block_size,
         block_n=BLOCK_N,
         num_warps=NUM_WARPS,

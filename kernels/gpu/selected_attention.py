@@ -65,7 +65,6 @@ def selected_attention(
     query_start_loc: torch.Tensor,
     first_slot: torch.Tensor,
     core_list: torch.Tensor,
-    list_start: torch.Tensor,
     num_core: torch.Tensor,
     scale: float,
     soft_cap: float = 0.0,
@@ -97,8 +96,7 @@ def selected_attention(
         query_start_loc: [num_reqs + 1] int32.
         first_slot: [num_reqs] int32.
         core_list: [1 or num_kv_heads, num_blocks * block_size] int32. Entry i of a
-            request lies at the cache row of its slot list_start + i.
-        list_start: [num_reqs] int32.
+            request lies at the cache row of its slot i.
         num_core: [num_reqs] int32; the listed slots lie outside the tail.
         scale: softmax scale.
         soft_cap: tanh cap on the logits, 0 for none.
@@ -122,7 +120,7 @@ def selected_attention(
     requests = query_start_loc, seq_lens
     ranking_stride = core_list.stride(0) if len(core_list) > 1 else 0
     tables = block_table, core_list, block_table.stride(0), ranking_stride
-    reads = *tables, first_slot, list_start, num_core
+    reads = *tables, first_slot, num_core
     caches = key_cache, value_cache, k_scale, v_scale
     options = scale, soft_cap, max_query_len
     _attend(partial, query, caches, requests, reads, refresh, options)
@@ -447,12 +445,10 @@ def _request_reads(reads, request, kv_head, tail_end):
         table_stride,
         ranking_stride,
         first_slot_ptr,  # [num_reqs]
-        list_start_ptr,  # [num_reqs]
         num_core_ptr,  # [num_reqs]
     ) = reads
     return (
         tl.load(num_core_ptr + request),
-        tl.load(list_start_ptr + request),
         tl.load(first_slot_ptr + request),
         tail_end,
         block_table_ptr + request * table_stride,
@@ -462,7 +458,7 @@ def _request_reads(reads, request, kv_head, tail_end):
 
 @triton.jit
 def _num_tiles(reads, block_n: tl.constexpr):
-    num_core, _, first_slot, tail_end, _, _ = reads
+    num_core, first_slot, tail_end, _, _ = reads
     num_tail = tl.maximum(tail_end - first_slot, 0)
     return tl.cdiv(num_core, block_n) + tl.cdiv(num_tail, block_n)
 
@@ -470,11 +466,11 @@ def _num_tiles(reads, block_n: tl.constexpr):
 @triton.jit
 def _rows_of_tile(tile, reads, block_size: tl.constexpr, block_n: tl.constexpr):
     """Cache rows, slots (-1 in core: every query row sees it), which are read."""
-    num_core, list_start, first_slot, tail_end, block_table_ptr, core_list_ptr = reads
+    num_core, first_slot, tail_end, block_table_ptr, core_list_ptr = reads
     core_tiles = tl.cdiv(num_core, block_n)
     in_core = tile < core_tiles
     entry = tile * block_n + tl.arange(0, block_n)
-    slot = entry + tl.where(in_core, list_start, first_slot - core_tiles * block_n)
+    slot = entry + tl.where(in_core, 0, first_slot - core_tiles * block_n)
     is_entry = entry < num_core
     is_read = tl.where(in_core, entry - num_core, slot - tail_end) < 0
     cache_row = _cache_row(slot, is_read, block_table_ptr, block_size)

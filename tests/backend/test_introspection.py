@@ -1,7 +1,6 @@
 """What a worker remembers of its requests, and what it tells of them."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,17 +8,32 @@ import torch
 from vllm_avl.backend.history import CoreHistory
 from vllm_avl.backend.introspection import report, timeline
 from vllm_avl.backend.request import RequestState
-from vllm_avl.backend.rows import LayerRows
-from vllm_avl.backend.step import Step, WorkerRequests, current_step, executing
+from vllm_avl.backend.rows import LayerRows, Mask
+from vllm_avl.backend.seats import SeatTable
+from vllm_avl.backend.step import WorkerRequests, current_step, executing
 from vllm_avl.config import AVLConfig
-from vllm_avl.plan import make_plan
+from vllm_avl.plan import Compaction, make_plan
+
+
+def told_of(**settings):
+    """3 text, 16 vision, 3 text: 5 blocks of 4, of which 2 go and 1 is secondary."""
+    settings = {"vision_store_ratio": 0.5, "vision_core_ratio": 0.25} | settings
+    return compaction(make_plan(22, ((3, 19),), 4, AVLConfig(**settings)))
+
+
+def compaction(plan):
+    return Compaction(plan, (*range(plan.num_stored_blocks),), False, 0)
 
 
 def state_of(**settings):
-    """3 text, 16 vision, 3 text: 5 blocks of 4, of which 2 go and 1 is secondary."""
-    settings = {"vision_store_ratio": 0.5, "vision_core_ratio": 0.25} | settings
-    plan = make_plan(22, ((3, 19),), 4, AVLConfig(**settings))
-    return RequestState(plan)
+    return RequestState(told_of(**settings), SeatTable())
+
+
+def grow(state, num_tokens, num_refreshes=0):
+    """Let a request be as long as steps would have made it."""
+    records = state.seats.records
+    records["num_tokens"][state.seat] = num_tokens
+    records["num_refreshes"][state.seat] = num_refreshes
 
 
 SECONDARY = [18, 4, 9, 11]
@@ -27,12 +41,23 @@ CORE = [5, 17, 6, 8]
 TEXT = [19, 0, 2, 1]
 
 
+def rows_of(*heads, start=8, secondary=SECONDARY):
+    """Rows of a layer, of which those named are secondary."""
+    behind = [secondary] * len(heads) if isinstance(secondary[0], int) else secondary
+    mask = [
+        [position not in mine for position in row]
+        for row, mine in zip(heads, behind, strict=True)
+    ]
+    return LayerRows(start, torch.tensor(heads), Mask(torch.tensor(mask)))
+
+
 def answering(num_tokens=25, **settings):
     """A request whose rows are those of its last refresh, three steps ago."""
     state = state_of(**settings)
-    assert (state.plan.private_from, state.plan.first_core_block(22)) == (2, 3)
-    state.num_tokens = num_tokens
-    state.layers[1] = LayerRows(8, torch.tensor([SECONDARY + TEXT + CORE + [20, 21]]))
+    assert state.plan.first_stored_block == 2
+    grow(state, num_tokens)
+    # Best first when the prompt ended; refreshes have changed which of them are core.
+    state.layers[1] = rows_of([*TEXT, 18, 5, 17, 4, 6, 9, 8, 11])
     return state
 
 
@@ -61,13 +86,11 @@ def test_blocks_are_counted_as_the_plan_does():
 
 def test_evicted_text_is_counted_but_not_told():
     state = answering(25, text_keep_ratio=0.5, text_min_tokens=0)
-    state.layers[1] = LayerRows(
-        12, torch.tensor([SECONDARY + CORE + [1, 2, 0, 20, 24]])
-    )
+    state.layers[1] = rows_of([20, 1, *SECONDARY, 2, *CORE, 0, 24], start=12)
     told = report("r", state)
     # 6 text tokens behind the image, of which the window holds 3.
     assert told.num_blocks_freed == 2
-    state.num_tokens = 27
+    grow(state, 27)
     told = report("r", state)
     assert (told.num_blocks_freed, told.num_blocks_held) == (3, 4)
     assert told.layers[0].text == [[0, 1, 2, 20, 24, 25, 26]]
@@ -76,8 +99,8 @@ def test_evicted_text_is_counted_but_not_told():
 
 def test_heads_that_differ_are_told_apart():
     state = answering(22, policy="h2o")
-    rows = [SECONDARY + TEXT + CORE + [20, 21], CORE + TEXT + SECONDARY + [20, 21]]
-    state.layers[1] = LayerRows(8, torch.tensor(rows))
+    row = SECONDARY + TEXT + CORE
+    state.layers[1] = rows_of(row, row[::-1], secondary=[SECONDARY, CORE])
     (layer,) = report("r", state).layers
     assert layer.core == [sorted(TEXT + CORE), sorted(TEXT + SECONDARY)]
     assert layer.secondary == [sorted(SECONDARY), sorted(CORE)]
@@ -93,7 +116,7 @@ def test_layers_are_told_in_order():
 
 def test_a_report_says_whose_it_is():
     state = answering(policy="random")
-    state.num_refreshes = 4
+    grow(state, 25, 4)
     told = report("r", state)
     assert (told.request_id, told.policy) == ("r", "random")
     assert (told.num_tokens, told.num_prompt_tokens, told.num_refreshes) == (25, 22, 4)
@@ -101,7 +124,7 @@ def test_a_report_says_whose_it_is():
 
 def test_a_request_without_rows_is_told_by_its_counts():
     state = state_of(vision_core_ratio=None)
-    state.num_tokens = 23
+    grow(state, 23)
     told = report("r", state)
     assert told.layers == []
     assert (told.num_blocks_freed, told.num_blocks_held) == (2, 4)
@@ -128,12 +151,24 @@ def test_rows_and_sums_are_kept_for_those_who_need_them(settings, remembers, sum
 def test_vision_of_the_full_blocks_competes():
     plan = make_plan(30, ((3, 9), (12, 29)), 8, AVLConfig())
     expected = [*range(3, 9), *range(12, 24)]
-    assert RequestState(plan).candidates.tolist() == expected
+    state = RequestState(compaction(plan), SeatTable())
+    assert state.candidates.tolist() == expected
+    assert state.num_candidates == len(expected)
+    assert state.candidates_end == 24
+    fixed = [0, 1, 2, 9, 10, 11]
+    assert state.fixed.tolist() == fixed
+    # What lies behind the full blocks is one more.
+    competes = [p not in fixed for p in range(24)]
+    assert state.competes.tolist() == [*competes, False]
 
 
 def test_everything_in_the_full_blocks_competes_where_text_is_ranked():
     plan = make_plan(30, ((3, 9), (12, 29)), 8, AVLConfig(policy="streaming"))
-    assert RequestState(plan).candidates.tolist() == list(range(24))
+    state = RequestState(compaction(plan), SeatTable())
+    assert state.candidates.tolist() == list(range(24))
+    assert (state.num_candidates, state.candidates_end) == (24, 24)
+    assert state.fixed.tolist() == []
+    assert state.competes.tolist() == [True] * 24 + [False]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +177,8 @@ def test_everything_in_the_full_blocks_competes_where_text_is_ranked():
 )
 def test_what_lies_behind_the_first_image_ages(policy, expected):
     config = AVLConfig(policy=policy, text_keep_ratio=0.5)
-    state = RequestState(make_plan(30, ((3, 9), (12, 30)), 8, config))
+    plan = make_plan(30, ((3, 9), (12, 30)), 8, config)
+    state = RequestState(compaction(plan), SeatTable())
     positions = torch.arange(32).flip(0).repeat(2, 1)
     ages = state.ages(positions)
     assert ages.shape == (2, 32)
@@ -151,7 +187,7 @@ def test_what_lies_behind_the_first_image_ages(policy, expected):
 
 def finish(requests, *names):
     for name in names:
-        requests.update((), (), {name: state_of().plan})
+        requests.update((), (), {name: told_of()})
         requests.update([name], (), {})
 
 
@@ -171,20 +207,25 @@ def test_nothing_is_remembered_unless_asked_for():
 
 
 def test_a_remembered_request_keeps_its_report_and_no_sums():
-    requests = WorkerRequests(2)
-    state = answering(policy="h2o")
-    state.layers[1].sums = torch.ones(1, 14)
-    requests.running["a"] = state
+    requests = WorkerRequests(2, block_size=4)
+    requests.update((), (), {"a": told_of(policy="h2o")})
+    state = requests.running["a"]
+    state.layers[1] = answering().layers[1]
+    state.layers[1].sums = torch.ones(2, 12)
+    requests.begin({"a": 24}, {"a": 1}, list).end()
     before = report("a", state)
-    requests.update(["a"], (), {})
+    assert (before.num_tokens, before.num_refreshes) == (25, 1)
+    requests.update(["a"], (), {"b": told_of()})
+    assert requests.running["b"].seat == state.seat
     after = report("a", requests.find("a"))
     assert after == replace(before, running=False)
     assert state.layers[1].sums is None
+    assert state.memo == {}
 
 
 def test_preempted_requests_are_forgotten():
     requests = WorkerRequests(2)
-    requests.update((), (), {"a": state_of().plan})
+    requests.update((), (), {"a": told_of()})
     requests.update((), ["a"], {})
     assert requests.find("a") is None
     assert len(requests.finished) == 0
@@ -198,9 +239,9 @@ def test_a_finished_request_that_was_never_ours_is_ignored():
 
 def test_a_plan_that_comes_again_starts_afresh():
     requests = WorkerRequests(2)
-    requests.update((), (), {"a": state_of().plan})
+    requests.update((), (), {"a": told_of()})
     before = requests.find("a")
-    requests.update((), ["a"], {"a": before.plan})
+    requests.update((), ["a"], {"a": before.compaction})
     assert requests.find("a") is not before
     assert requests.find("a").layers == {}
 
@@ -209,7 +250,7 @@ def test_the_latest_request_of_a_name_is_found():
     requests = WorkerRequests(2)
     finish(requests, "a", "a")
     assert requests.find("a") is requests.finished[1][1]
-    requests.update((), (), {"a": state_of().plan})
+    requests.update((), (), {"a": told_of()})
     assert requests.find("a") is requests.running["a"]
 
 
@@ -223,7 +264,7 @@ def test_a_request_is_found_by_the_id_its_answer_carries():
 def test_the_newest_come_first():
     requests = WorkerRequests(2)
     finish(requests, "a", "b")
-    requests.update((), (), {name: state_of().plan for name in "cd"})
+    requests.update((), (), {name: told_of() for name in "cd"})
     assert [name for name, _ in requests.known()] == ["d", "c", "b", "a"]
     assert [state.running for _, state in requests.known()] == [True] * 2 + [False] * 2
 
@@ -234,11 +275,18 @@ def test_a_timeline_names_each_length_at_which_blocks_change():
     assert held == [(22, 6, 6), (22, 4, 6), (25, 5, 7), (29, 6, 8), (30, 6, 8)]
 
 
+def noted(history, num_tokens, positions, core, num_full_tokens):
+    """Note a selection of one head."""
+    mask = torch.tensor([[position in core for position in positions]])
+    history.note(num_tokens, torch.tensor([positions]), mask, num_full_tokens)
+
+
 def test_selections_are_told_in_the_order_they_were_made():
     state = answering(introspection=1)
     history = state.layers[1].history
-    history.note(22, torch.tensor([[3, 4, 19, 20, 25]]), 20)
-    history.note(25, torch.tensor([CORE + TEXT + [20, 21]]), 20)
+    # Behind the full blocks nothing is ranked.
+    noted(history, 22, [3, 4, 5, 19, 20, 25], [3, 4, 19, 20, 25], 20)
+    noted(history, 25, SECONDARY + TEXT + CORE + [20, 21], CORE + TEXT + [20], 20)
     (layer,) = report("r", state).layers
     assert [(told.num_tokens, told.core) for told in layer.history] == [
         (22, [[3, 4]]),
@@ -246,11 +294,25 @@ def test_selections_are_told_in_the_order_they_were_made():
     ]
 
 
+def test_core_is_remembered_where_somebody_asked_for_it():
+    for introspection in (0, 3):
+        state = answering(introspection=introspection)
+        state.note_core(25)
+        (layer,) = report("r", state).layers
+        expected = [(25, [sorted(CORE)])] if introspection else []
+        assert [(told.num_tokens, told.core) for told in layer.history] == expected
+    rows = LayerRows(8, torch.tensor([TEXT]))
+    rows.note_core(25, 20)
+    assert list(rows.history.among(torch.arange(20))) == []
+
+
 @pytest.mark.parametrize(("num_rankings", "limit"), [(1, 64), (8, 8), (100, 2)])
 def test_many_selections_are_thinned_out(num_rankings, limit):
     history = CoreHistory()
     for step in range(1000):
-        history.note(step, torch.tensor([[step % 7]] * num_rankings), 7)
+        positions = torch.tensor([[step % 7, 7, (step + 1) % 7]] * num_rankings)
+        mask = torch.tensor([[True, True, False]] * num_rankings)
+        history.note(step, positions, mask, 7)
     told = list(history.among(torch.arange(7)))
     assert len(told) <= limit
     lengths = [num_tokens for num_tokens, _ in told]
@@ -260,39 +322,61 @@ def test_many_selections_are_thinned_out(num_rankings, limit):
         assert read == [[length % 7]] * num_rankings
 
 
-def test_rows_of_a_batch_are_looked_up_by_name():
-    requests = WorkerRequests()
-    requests.update((), (), {name: state_of().plan for name in "ac"})
-    spans = [("a", 22, 23), ("stock", 5, 6), ("c", 0, 22)]
-    step = Step(requests.turns(spans), lambda common: ["c", "stock", "a"])
-    common = SimpleNamespace(
-        block_table_tensor=torch.arange(24, dtype=torch.int32).view(3, 8),
-        query_start_loc_cpu=torch.tensor([0, 22, 23, 24]),
-    )
-    view = step.view(common, 4, fuses_scores=True)
-    assert view.first_blocks == [0, 0, 3]
-    (task,) = view.tasks
-    assert task.state is requests.running["c"]
-    assert (task.query_start, task.query_end) == (0, 22)
-    assert task.blocks.tolist() == list(range(6))
-    assert step.view(None, 4, fuses_scores=True) is view
+def test_the_first_tokens_of_a_step_are_looked_up_by_name():
+    requests = WorkerRequests(block_size=4)
+    requests.update((), (), {name: told_of() for name in "ac"})
+    spans = {"a": 22, "stock": 5, "c": 0}
+    asked = []
+
+    def row_ids(common):
+        asked.append(common)
+        return ["c", "stock", "a"]
+
+    step = requests.begin(spans, {"a": 1, "stock": 1, "c": 22}, row_ids)
+    rows = step.rows("common")
+    assert rows.first_block.tolist() == [0, 0, 2]
+    assert rows.num_private.tolist() == [0, 0, 3]
+    assert rows.with_python == [(0, 1)]
+    assert step.state(1) is requests.running["c"]
+    assert step.rows(None) is rows
+    assert asked == ["common"]
 
 
-def test_a_step_knows_its_work_before_its_rows():
+def test_a_step_without_adaptive_requests_is_none():
     requests = WorkerRequests()
-    requests.update((), (), {name: state_of().plan for name in "ab"})
-    for span, has_work in (
-        (("a", 0, 21), False),
-        (("a", 0, 22), True),
-        (("a", 22, 23), False),
-        (("a", 24, 25), True),
-    ):
-        step = Step(requests.turns([("b", 22, 23), span]), list)
-        assert step.has_work == has_work
+    assert requests.begin({"stock": 5}, {"stock": 1}, list) is None
+    requests.update((), (), {"a": told_of()})
+    assert requests.begin({"stock": 5}, {"stock": 1}, list) is None
+    assert requests.begin({"stock": 5, "a": 22}, {"stock": 1, "a": 1}, list)
+
+
+def test_refreshes_are_counted_where_core_is_chosen():
+    requests = WorkerRequests(block_size=4)
+    requests.update((), (), {"a": told_of(), "b": told_of(policy="fastv")})
+    for step in range(6):
+        both = dict.fromkeys("ab", 22 + step)
+        requests.begin(both, dict.fromkeys("ab", 1), list).end()
+    assert requests.counts.take() == {"refreshes": 2}
+    found = [requests.find(name).num_refreshes for name in "ab"]
+    assert found == [2, 0]
+
+
+def test_what_a_step_counts_on_a_device_starts_anew_with_the_next():
+    requests = WorkerRequests(block_size=4)
+    requests.update((), (), {"a": told_of()})
+    entered = torch.tensor([3], dtype=torch.int32)
+    for _ in range(2):
+        step = requests.begin({"a": 24}, {"a": 1}, list)
+        step.num_entered = entered
+        step.end()
+        entered += 4
+    assert requests.counts.take()["core_rows_entered"] == 3 + 4
 
 
 def test_a_step_is_current_while_it_executes():
-    step = Step({}, lambda common: [])
+    requests = WorkerRequests()
+    requests.update((), (), {"a": told_of()})
+    step = requests.begin({"a": 22}, {"a": 1}, list)
     with executing(step):
         assert current_step() is step
     assert current_step() is None

@@ -5,11 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_avl.backend.rows import CORE, EVICTED, SECONDARY, LayerRows
-from vllm_avl.backend.selection import Candidates, label_aged_text
-from vllm_avl.plan import TextWindow
+from vllm_avl.backend.rows import LayerRows
+from vllm_avl.backend.selection import (
+    Candidates,
+    best_slots,
+    best_slots_on_cpu,
+    rank,
+)
 
 INF, NAN = float("inf"), float("nan")
+SOME = st.sampled_from([-1.0, 0.0, 0.25, 1.0, INF, NAN])
 
 
 @st.composite
@@ -24,13 +29,9 @@ def rankings(draw):
     if shared:
         held = held[:1] * num_rankings
     slots = [draw(st.permutations(kept + others)) for kept in held]
-    some = st.sampled_from([-1.0, 0.0, 0.25, 1.0, INF, NAN])
-    row = st.lists(some, min_size=len(positions), max_size=len(positions))
+    row = st.lists(SOME, min_size=len(positions), max_size=len(positions))
     scores = [draw(row) for _ in range(1 if shared else num_rankings)]
-    core_scores = [draw(row) for _ in scores]
-    num_evicted = draw(st.integers(0, num_held))
-    num_secondary = draw(st.integers(0, num_held - num_evicted))
-    return positions, slots, scores, num_evicted, core_scores, num_secondary
+    return positions, slots, scores, draw(st.integers(0, num_held))
 
 
 def rated(score):
@@ -38,21 +39,16 @@ def rated(score):
     return -INF if score != score else score
 
 
-def label_by_hand(positions, slots, scores, num_evicted, core_scores, num_secondary):
-    labels = []
+def core_by_hand(positions, slots, scores, num_secondary):
+    masks = []
     for ranking, row in enumerate(slots):
-        group = ranking % len(scores)
-        score_of = dict(zip(positions, map(rated, scores[group]), strict=True))
-        core_score_of = dict(
-            zip(positions, map(rated, core_scores[group]), strict=True)
-        )
+        score = scores[ranking % len(scores)]
+        score_of = dict(zip(positions, map(rated, score), strict=True))
         held = [position for position in row if position in score_of]
         worst_first = sorted(held, key=lambda p: (score_of[p], -p))
-        evicted, stored = worst_first[:num_evicted], worst_first[num_evicted:]
-        secondary = sorted(stored, key=lambda p: (core_score_of[p], -p))[:num_secondary]
-        label_of = dict.fromkeys(evicted, EVICTED) | dict.fromkeys(secondary, SECONDARY)
-        labels.append([label_of.get(position, CORE) for position in row])
-    return labels
+        secondary = set(worst_first[:num_secondary])
+        masks.append([position not in secondary for position in row])
+    return masks
 
 
 def candidates_of(positions, slots):
@@ -60,14 +56,20 @@ def candidates_of(positions, slots):
     return Candidates(torch.tensor(positions), rows, max(positions) + 1)
 
 
+def core_of(positions, slots, scores, num_secondary):
+    by_slot = candidates_of(positions, slots).by_slot(torch.tensor(scores))
+    where = torch.tensor(slots, dtype=torch.int64).view(len(slots), -1)
+    competes = torch.isin(where, torch.tensor(positions))
+    given = by_slot, where, competes, num_secondary
+    core = best_slots(*given)
+    assert torch.equal(best_slots_on_cpu(*given), core)
+    return core.tolist()
+
+
 @settings(deadline=None)
 @given(case=rankings())
-def test_labels_equal_a_sort_by_score_and_position(case):
-    positions, slots, scores, num_evicted, core_scores, num_secondary = case
-    labels = candidates_of(positions, slots).label(
-        torch.tensor(scores), num_evicted, torch.tensor(core_scores), num_secondary
-    )
-    assert labels.tolist() == label_by_hand(*case)
+def test_core_is_what_a_sort_by_score_and_position_leaves(case):
+    assert core_of(*case) == core_by_hand(*case)
 
 
 @settings(deadline=None)
@@ -97,156 +99,97 @@ def test_values_come_into_the_candidates_order(case, num_heads):
 
 @pytest.mark.parametrize("slots", [[2, 4, 6, 8], [8, 6, 4, 2], [6, 2, 8, 4]])
 def test_of_equal_scores_the_lower_position_wins_in_any_slot(slots):
-    labels = candidates_of([2, 4, 6, 8], [slots]).label(
-        torch.zeros(1, 4), 1, torch.zeros(1, 4), 1
-    )
-    label_of = dict(zip(slots, labels[0].tolist(), strict=True))
-    assert label_of == {2: CORE, 4: CORE, 6: SECONDARY, 8: EVICTED}
+    (mask,) = core_of([2, 4, 6, 8], [slots], [[0.0] * 4], 2)
+    assert dict(zip(slots, mask, strict=True)) == {2: True, 4: True, 6: False, 8: False}
 
 
 def test_of_many_equal_scores_the_lower_positions_win():
-    few = torch.arange(200).remainder(3).float().unsqueeze(0)
-    labels = candidates_of(list(range(200)), [list(range(200))]).label(few, 50, few, 60)
-    case = [list(range(200))], few.tolist(), 50, few.tolist(), 60
-    assert labels.tolist() == label_by_hand(list(range(200)), *case)
+    few = torch.arange(200).remainder(3).float().unsqueeze(0).tolist()
+    case = list(range(200)), [list(range(200))], few, 110
+    assert core_of(*case) == core_by_hand(*case)
 
 
 def test_a_token_that_is_gone_takes_nobodys_place():
-    scores = torch.tensor([[5.0, 1.0, 9.0, 2.0]])
-    labels = candidates_of([0, 1, 2, 3], [[3, 1, 0, 7]]).label(scores, 0, scores, 1)
-    assert labels.tolist() == [[CORE, SECONDARY, CORE, CORE]]
-
-
-def test_heads_of_one_ranking_get_the_same_labels_in_their_own_slots():
-    scores = torch.tensor([[1.0, 2.0, 3.0]])
-    candidates = candidates_of([0, 1, 2], [[0, 1, 2], [2, 0, 1]])
-    labels = candidates.label(scores, 1, scores, 1)
-    assert labels.tolist() == [[EVICTED, SECONDARY, CORE], [CORE, EVICTED, SECONDARY]]
-
-
-def test_heads_with_rankings_of_their_own_keep_what_they_look_at():
-    scores = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
-    labels = candidates_of([0, 1], [[0, 1], [0, 1]]).label(scores, 1, None, 0)
-    assert labels.tolist() == [[EVICTED, CORE], [CORE, EVICTED]]
-
-
-def test_core_is_chosen_by_its_own_scores_of_what_is_stored():
-    scores = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
-    core_scores = torch.tensor([[0.0, 1.0, 2.0, 9.0]])
-    labels = candidates_of([0, 1, 2, 3], [[0, 1, 2, 3]]).label(
-        scores, 1, core_scores, 1
-    )
-    assert labels.tolist() == [[SECONDARY, CORE, CORE, EVICTED]]
-
-
-def test_a_budget_below_what_is_protected_is_kept():
-    protected = torch.full((1, 4), INF)
-    labels = candidates_of([0, 1, 2, 3], [[0, 1, 2, 3]]).label(
-        protected, 2, protected, 1
-    )
-    assert labels.tolist() == [[CORE, SECONDARY, EVICTED, EVICTED]]
-
-
-@st.composite
-def texts(draw):
-    """Text and other rows of some heads, with equal sums and unscored ones."""
-    num_heads, num_slots = draw(st.integers(1, 3)), draw(st.integers(1, 16))
-    first = draw(st.sampled_from([0, 60_000]))
-    order = st.permutations(range(first, first + num_slots))
-    positions = [draw(order) for _ in range(num_heads)]
-    num_text = draw(st.integers(0, num_slots))
-    text = [set(draw(order)[:num_text]) for _ in range(num_heads)]
-    some = st.sampled_from([0.0, 0.25, 0.5, 3.0, NAN])
-    row = st.lists(some, min_size=num_slots, max_size=num_slots)
-    sums = [draw(row) for _ in range(num_heads)]
-    window = TextWindow(
-        draw(st.sampled_from([0.3, 0.5, 0.7])),
-        draw(st.sampled_from([0.3, 0.7, 1.0])),
-        draw(st.integers(0, 4)),
-    )
-    # More than are held: text that has left before counts too.
-    num_counted = num_text + draw(st.integers(0, 10))
-    num_left = max(num_text - window.num_recent(num_counted), 0)
-    num_evicted = draw(st.integers(0, num_left))
-    return positions, text, sums, window, num_counted, num_evicted
-
-
-def leaving_by_hand(positions, text, sums, num_recent, num_evicted):
-    """One head's positions that leave."""
-    sum_of = dict(zip(positions, sums, strict=True))
-    oldest_first = sorted(text)
-    old = oldest_first[: max(len(oldest_first) - num_recent, 0)]
-    scored = [p for p in old if sum_of[p] == sum_of[p]]
-    unscored = [p for p in old if sum_of[p] != sum_of[p]]
-    order = sorted(scored, key=lambda p: (sum_of[p], -p)) + unscored
-    return set(order[:num_evicted])
-
-
-@settings(deadline=None)
-@given(case=texts())
-def test_text_leaves_in_the_order_of_a_sort(case):
-    positions, text, sums, window, num_text, num_evicted = case
-    before = [[SECONDARY if p % 3 else CORE for p in row] for row in positions]
-    labels = label_aged_text(
-        LayerRows(0, torch.tensor(positions), torch.tensor(sums)),
-        torch.tensor(before),
-        torch.tensor(
-            [
-                [p in mine for p in row]
-                for row, mine in zip(positions, text, strict=True)
-            ]
-        ),
-        window,
-        num_text,
-        num_evicted,
-    )
-    for head, row in enumerate(positions):
-        leaving = leaving_by_hand(
-            row, text[head], sums[head], window.num_recent(num_text), num_evicted
-        )
-        expected = [
-            EVICTED if p in leaving else label
-            for p, label in zip(row, before[head], strict=True)
-        ]
-        assert labels[head].tolist() == expected
-
-
-def leaving(positions, sums, num_recent, num_evicted, is_text=None):
-    """Positions of one head that leave, of a window with `num_recent` recent ones."""
-    rows = LayerRows(0, torch.tensor([positions]), torch.tensor([sums]))
-    labels = torch.full_like(rows.positions, CORE)
-    text = labels == CORE if is_text is None else torch.tensor([is_text])
-    window = TextWindow(1.0, 0.5, 0)
-    assert window.num_recent(2 * num_recent) == num_recent
-    labels = label_aged_text(rows, labels, text, window, 2 * num_recent, num_evicted)
-    assert torch.equal(rows.sums, torch.tensor([sums])) or NAN in sums
-    return sorted(rows.positions[labels == EVICTED].tolist())
-
-
-def test_recent_text_never_leaves():
-    assert leaving([0, 1, 2, 3], [9.0, 8.0, 0.0, 0.0], 2, 2) == [0, 1]
-
-
-def test_of_equal_sums_the_lower_position_stays_in_any_slot():
-    assert leaving([3, 0, 2, 1, 9], [1.0] * 5, 1, 2) == [2, 3]
-
-
-def test_of_many_equal_sums_the_lower_positions_stay():
-    assert leaving(list(range(200)), [1.0] * 200, 10, 50) == list(range(140, 190))
-
-
-def test_unscored_text_leaves_behind_all_that_is_scored():
-    sums = [NAN, 5.0, NAN, 900.0, 0.0]
-    assert leaving([0, 1, 2, 3, 4], sums, 1, 2) == [1, 3]
-
-
-def test_of_unscored_text_the_oldest_leaves_first():
-    assert leaving([60_003, 60_001, 60_002, 60_004], [NAN] * 4, 1, 2) == [
-        60_001,
-        60_002,
+    scores = [[5.0, 1.0, 9.0, 2.0]]
+    assert core_of([0, 1, 2, 3], [[3, 1, 0, 7]], scores, 1) == [
+        [True, False, True, True]
     ]
 
 
-def test_what_is_no_text_never_leaves():
-    is_text = [False, True, False, True, True]
-    assert leaving([0, 1, 2, 3, 4], [0.0] * 5, 1, 2, is_text) == [1, 3]
+def test_heads_of_one_ranking_get_the_same_core_in_their_own_slots():
+    masks = core_of([0, 1, 2], [[0, 1, 2], [2, 0, 1]], [[1.0, 2.0, 3.0]], 1)
+    assert masks == [[False, True, True], [True, False, True]]
+
+
+def test_heads_with_rankings_of_their_own_read_what_they_look_at():
+    masks = core_of([0, 1], [[0, 1], [0, 1]], [[1.0, 2.0], [2.0, 1.0]], 1)
+    assert masks == [[False, True], [True, False]]
+
+
+def test_a_budget_below_what_is_protected_is_kept():
+    assert core_of([0, 1, 2, 3], [[0, 1, 2, 3]], [[INF] * 4], 3) == [
+        [True, False, False, False]
+    ]
+
+
+def test_what_does_not_compete_is_read_always():
+    masks = core_of([3, 4], [[9, 4, 0, 3, 5]], [[0.0, 1.0]], 2)
+    assert masks == [[True, False, True, False, True]]
+
+
+# The prompt's end.
+
+
+@st.composite
+def prompts(draw):
+    num_rankings, size = draw(st.integers(1, 3)), draw(st.integers(1, 12))
+    row = st.lists(SOME, min_size=size, max_size=size)
+    scores = [draw(row) for _ in range(num_rankings)]
+    core_scores = scores
+    if draw(st.booleans()):
+        core_scores = [draw(row) for _ in range(num_rankings)]
+    return scores, core_scores, draw(st.integers(0, size))
+
+
+def rank_by_hand(scores, core_scores, num_stored):
+    ranked = []
+    for stored_by, ordered_by in zip(scores, core_scores, strict=True):
+        order = sorted(range(len(stored_by)), key=lambda p: (-rated(stored_by[p]), p))
+        stored = order[:num_stored]
+        ranked.append(sorted(stored, key=lambda p: (-rated(ordered_by[p]), p)))
+    return ranked
+
+
+@settings(deadline=None)
+@given(case=prompts())
+def test_a_prompts_rows_are_ordered_as_two_sorts_would(case):
+    scores, core_scores, num_stored = case
+    stored_by = torch.tensor(scores)
+    ordered_by = stored_by if core_scores is scores else torch.tensor(core_scores)
+    ranked = rank(stored_by, ordered_by, num_stored, -1)
+    assert ranked.dtype == torch.int64
+    assert ranked.tolist() == rank_by_hand(*case)
+
+
+def test_the_best_come_first_and_of_equals_the_lower_position():
+    scores = torch.tensor([[1.0, 3.0, NAN, 3.0, INF, 0.0]])
+    assert rank(scores, scores, 6, 1).tolist() == [[4, 1, 3, 0, 5, 2]]
+    assert rank(scores, scores, 5, 1).tolist() == [[4, 1, 3, 0, 5]]
+
+
+def test_without_core_what_stays_is_in_the_order_of_the_prompt():
+    scores = torch.tensor([[1.0, 3.0, NAN, 3.0, INF, 0.0], [0, 0, 0, 0, 0, 1.0]])
+    assert rank(scores, scores, 3, 3).tolist() == [[1, 3, 4], [0, 1, 5]]
+    assert rank(scores, scores, 0, 0).tolist() == [[], []]
+
+
+def test_core_has_an_order_of_its_own_among_what_is_stored():
+    scores = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+    core_scores = torch.tensor([[0.0, 1.0, 2.0, 9.0]])
+    assert rank(scores, core_scores, 3, 1).tolist() == [[2, 1, 0]]
+
+
+def test_of_many_equal_scores_the_lower_positions_stay():
+    few = torch.arange(200).remainder(3).float().unsqueeze(0)
+    best = rank(few, few, 120, 1).tolist()
+    assert best == rank_by_hand(few.tolist(), few.tolist(), 120)

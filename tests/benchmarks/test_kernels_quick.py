@@ -55,7 +55,7 @@ def test_interpreted_results_are_checked_and_not_timed(
     options = ["--interpret", "--quick", "--results", str(tmp_path)]
     module(script).main([*options, *SHORT[script]])
     output = capsys.readouterr().out
-    assert "checked ours" in output or "checked compact_blocks" in output
+    assert "checked ours" in output or "checked copy_rows, in place" in output
     assert output.endswith("interpreted: no times\n")
     assert not list(tmp_path.iterdir())
 
@@ -103,10 +103,10 @@ def check_rows(script, rows):
     else:
         assert [row["operation"] for row in rows][1:] == [
             "vision_scores",
-            "select_prompt",
-            "compact_blocks",
+            "rank_rows",
+            "copy_rows",
+            "copy_rows",
             "select_core",
-            "exchange_rows",
         ]
         assert [row["over_prefill"] for row in rows] == [*"123456"]
 

@@ -35,7 +35,7 @@ def asking(**xargs):
 
 
 def test_a_picture_is_adaptive():
-    assert plan(IMAGE).private_from > 0
+    assert plan(IMAGE).first_stored_block > 0
     assert plan([feature(5, 576, "video")]) == plan(IMAGE)
 
 
@@ -70,7 +70,7 @@ def test_served_as_stock(features, options, reason):
 
 def test_a_ratio_of_the_requests_own():
     params = SamplingParams(max_tokens=8, extra_args={"avl_store_ratio": 0.1})
-    assert plan(IMAGE, params).private_from > plan(IMAGE).private_from
+    assert plan(IMAGE, params).num_stored_blocks < plan(IMAGE).num_stored_blocks
 
 
 def test_ranges_leave_out_what_is_not_embedded():

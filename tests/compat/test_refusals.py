@@ -5,16 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
-from vllm_avl.kernels import host
+from vllm_avl.kernels.cpu.vectors import ELEMENTS
 
 from vllm_avl import support
 from vllm_avl.cache.spec import AVLSpec
-from vllm_avl.compat.platform import CPU
 from vllm_avl.config import AVLConfig
 from vllm_avl.support import UnsupportedError
 
@@ -168,19 +166,11 @@ def test_every_refusal_of_the_table_has_a_case():
     assert len(support.REFUSALS) == 11
 
 
-def test_lists_of_core_are_refused_for_fp16_on_a_cpu(checkpoints):
-    refused = "executor = 'gather' on this device for bfloat16 and float32 only, and"
-    with pytest.raises(ValueError, match=refused):
-        start(
-            checkpoints,
-            dtype="float16",
-            additional_config={"avl": {"executor": "gather"}},
-        )
-
-
-def test_refused_and_compiled_element_types_are_the_same():
-    compiled = {str(dtype).removeprefix("torch.") for dtype in host.DTYPES}
-    assert compiled == set(CPU.gathered)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_caches_of_every_dtype_are_served(checkpoints, dtype):
+    avl = {"vision_store_ratio": 0.5, "vision_core_ratio": 0.2}
+    config = start(checkpoints, dtype=dtype, additional_config={"avl": avl})
+    assert config.model_config.dtype in ELEMENTS
 
 
 def test_other_devices_are_refused(checkpoints, monkeypatch):
@@ -241,7 +231,7 @@ def test_cache_groups():
 
 def test_layers_that_are_not_numbered():
     names = ["model.layers.0.attn", "model.layers.1.attn"]
-    support.check_layer_names(names, extract_layer_index)
+    support.check_layer_names(names)
     for odd in (["attn"], [*names, "model.layers.1.attn"], ["towers.0.layers.1.attn"]):
         with pytest.raises(UnsupportedError, match="attention layers are numbered"):
-            support.check_layer_names(odd, extract_layer_index)
+            support.check_layer_names(odd)

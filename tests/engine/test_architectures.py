@@ -59,7 +59,8 @@ def test_placeholders_that_are_not_embedded_count_as_text(engines):
     engine.add("x", ASKS[0])
     engine.step()
     (request,) = engine.scheduler.requests.values()
-    (plan,) = engine.scheduler._avl_manager.plans.values()
+    (known,) = engine.scheduler._avl_manager.adapted.values()
+    plan = known.plan
     position = request.mm_features[0].mm_position
     assert len(plan.vision_ranges) > 1
     assert plan.num_vision_tokens <= position.get_num_embeds() < position.length

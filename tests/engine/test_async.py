@@ -4,25 +4,19 @@ A fake worker applies the same view of a step as the real one, one step behind t
 scheduler, and checks that every block a step reads is still its request's when it runs.
 """
 
-import copy
 import random
 
 import pytest
 import torch
-from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
-from vllm.sampling_params import SamplingParams
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request, RequestStatus
+from hand_driven import BLOCK_SIZE, make_scheduler, request, settle
+from vllm.v1.request import RequestStatus
 
 from vllm_avl.backend.step import WorkerRequests
-from vllm_avl.backend.view import make_view, shift
-from vllm_avl.compat.scheduler import AVLAsyncScheduler, received_plans
+from vllm_avl.backend.view import make_tasks, stored_table
+from vllm_avl.compat.scheduler import AVLAsyncScheduler, received_compactions
 from vllm_avl.testing.engine import check_integrity
 
-BLOCK_SIZE = 32
-
+NUM_BLOCKS = 100
 
 SETTINGS = {
     "store": {"vision_store_ratio": 0.3},
@@ -37,44 +31,13 @@ SETTINGS = {
 
 @pytest.fixture(params=SETTINGS)
 def scheduler(request, engines):
-    core = engines().core
-    config = copy.deepcopy(core.vllm_config)
-    config.additional_config = {"avl": SETTINGS[request.param]}
-    config.scheduler_config.async_scheduling = True
-    config.scheduler_config.max_num_batched_tokens = 300
-    kv_cache_config = copy.deepcopy(core.scheduler.kv_cache_config)
-    kv_cache_config.num_blocks = 150
-    return AVLAsyncScheduler(
-        vllm_config=config,
-        kv_cache_config=kv_cache_config,
-        structured_output_manager=core.structured_output_manager,
-        block_size=BLOCK_SIZE,
-        hash_block_size=BLOCK_SIZE,
-        log_stats=False,
-    )
-
-
-def request(request_id, num_images, max_tokens, text=20):
-    init_none_hash(sha256)
-    features, tokens = [], [1] * text
-    for image in range(num_images):
-        features.append(
-            MultiModalFeatureSpec(
-                data=None,
-                modality="image",
-                identifier=f"image-{image}",
-                mm_position=PlaceholderRange(offset=len(tokens), length=576),
-                mm_hash=f"image-{image}",
-            )
-        )
-        tokens += [2] * 576 + [3] * text
-    return Request(
-        request_id,
-        tokens,
-        SamplingParams(max_tokens=max_tokens, ignore_eos=True),
-        None,
-        mm_features=features,
-        block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
+    return make_scheduler(
+        AVLAsyncScheduler,
+        engines().core,
+        NUM_BLOCKS,
+        SETTINGS[request.param],
+        async_scheduling=True,
+        max_num_batched_tokens=300,
     )
 
 
@@ -82,16 +45,16 @@ class FakeWorker:
     """What a worker knows of the requests, from scheduler outputs alone."""
 
     def __init__(self):
-        self.requests = WorkerRequests()
+        self.requests = WorkerRequests(block_size=BLOCK_SIZE)
         self.tables = {}
-        self.num_compacted = 0
+        self.num_compacted = self.num_in_place = 0
 
     def execute(self, output, held):
         """Take one step; `held` maps request ids to the blocks they hold now."""
         self.requests.update(
             output.finished_req_ids,
             output.preempted_req_ids or (),
-            received_plans(output),
+            received_compactions(output),
         )
         for new in output.scheduled_new_reqs:
             self.tables[new.req_id] = [list(new.block_ids[0]), new.num_computed_tokens]
@@ -107,57 +70,49 @@ class FakeWorker:
             else:
                 self.tables[request_id][0] += blocks[0] if blocks else []
                 self.tables[request_id][1] = computed
-        for request_id, num_tokens in output.num_scheduled_tokens.items():
-            self.read(request_id, num_tokens, held.get(request_id))
+        scheduled = output.num_scheduled_tokens
+        computed = {name: self.tables[name][1] for name in scheduled}
+        for name, num_new in scheduled.items():
+            self.read(name, computed[name], num_new, held.get(name))
+        step = self.requests.begin(computed, scheduled, list)
+        if step is not None:
+            step.end()
 
-    def read(self, request_id, num_tokens, held):
-        table, computed = self.tables[request_id]
-        span = request_id, computed, computed + num_tokens
-        turn = self.requests.turns([span]).get(request_id)
-        blocks = torch.tensor([table], dtype=torch.int32)
-        view = make_view([turn], blocks, [0], BLOCK_SIZE, fuses_scores=True)
-        shifted, lens = shift(
-            torch.tensor(view.first_blocks, dtype=torch.int32),
-            blocks,
-            torch.tensor([computed + num_tokens], dtype=torch.int32),
-            BLOCK_SIZE,
+    def read(self, request_id, computed, num_new, held):
+        """Look at what a request reads and writes in its step."""
+        table = torch.tensor([self.tables[request_id][0]], dtype=torch.int32)
+        end, start = computed + num_new, 0
+        step = self.requests.begin(
+            {request_id: computed}, {request_id: num_new}, lambda common: [request_id]
         )
-        for task in view.tasks:
-            stored = task.state.plan.num_freed_blocks(task.num_computed)
-            touched = set(task.blocks[stored:].tolist())
-            assert held is None or touched <= held, (
-                f"{request_id} writes others' blocks"
-            )
-        self.num_compacted += sum(task.compacts for task in view.tasks)
-        read = shifted[0, : -(-int(lens[0]) // BLOCK_SIZE)].tolist()
+        touched = set()
+        if step is not None:
+            rows = step.rows(None)
+            start = int(rows.first_block[0]) * BLOCK_SIZE
+            stored = stored_table(rows, table, BLOCK_SIZE)
+            tasks = make_tasks(rows, table, stored, [0, num_new], BLOCK_SIZE)
+            table = stored
+            for task in tasks:
+                touched |= set(task.stored.tolist())
+                self.num_compacted += task.prompt is not None
+                self.num_in_place += task.state.compaction.in_place
+        read = set(table[0, : -(-(end - start) // BLOCK_SIZE)].tolist())
         # None: finished, aborted or preempted while the step was in flight.
         if held is not None:
-            assert set(read) <= held, f"{request_id} reads blocks it does not hold"
+            assert read <= held, f"{request_id} reads blocks it does not hold"
+            assert touched <= held, f"{request_id} writes others' blocks"
 
 
 def held_blocks(scheduler):
-    return {
+    manager = scheduler._avl_manager
+    held = {
         request_id: {block.block_id for block in blocks if not block.is_null}
-        for request_id, blocks in scheduler._avl_manager.req_to_blocks.items()
+        for request_id, blocks in manager.req_to_blocks.items()
     }
-
-
-def outputs_of(output):
-    ids = list(output.num_scheduled_tokens)
-    return ModelRunnerOutput(
-        req_ids=ids,
-        req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
-        sampled_token_ids=[[7] for _ in ids],
-    )
-
-
-def settle(scheduler, output):
-    """Hand a step's result back; chunks of a prompt sample nothing."""
-    result = outputs_of(output)
-    for i, request_id in enumerate(result.req_ids):
-        if request_id in output.avl_partial:
-            result.sampled_token_ids[i] = []
-    scheduler.update_from_output(output, result)
+    for request_id, known in manager.adapted.items():
+        private = {block.block_id for block in known.private}
+        held[request_id] = held.get(request_id, set()) | private
+    return held
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -192,5 +147,5 @@ def test_one_step_ahead(scheduler, seed):
         step += 1
     assert worker.num_compacted > 0
     pool = scheduler.kv_cache_manager.block_pool
-    assert pool.get_num_free_blocks() == 149
-    assert not scheduler._avl_manager.plans
+    assert pool.get_num_free_blocks() == NUM_BLOCKS - 1
+    assert not scheduler._avl_manager.adapted

@@ -23,8 +23,6 @@ def grid(**server):
 
 BATCHES = {
     "avl": ({}, grid()),
-    "avl-packed": ({"executor": "pack"}, grid()),
-    "avl-listed": ({"executor": "gather"}, grid()),
     "avl-text": ({}, grid(text_keep_ratio=0.3)),
     "avl-text-half-without-vision": (
         {"text_min_tokens": 5, "text_heavy_ratio": 0.4, "text_decay": 0.9},
@@ -56,7 +54,7 @@ CASES = [
     *[pytest.param("llava", name, id=f"llava-{name}") for name in BATCHES],
     *[
         pytest.param("qwen2_5_vl", name, id=f"qwen2_5_vl-{name}")
-        for name in ("avl", "avl-packed", "avl-text", "h2o")
+        for name in ("avl", "avl-text", "h2o")
     ],
 ]
 

@@ -141,10 +141,11 @@ def test_blocks_come_free_after_prefill(engine):
         engine.step()
         for blocks in manager.req_to_blocks.values():
             held.append(sum(not block.is_null for block in blocks))
-            (plan,) = manager.plans.values()
+            (known,) = manager.adapted.values()
     freed = max(held) - min(held[held.index(max(held)) :])
-    assert plan.private_from > 0.5 * plan.num_full_blocks
-    assert freed >= plan.private_from
+    plan = known.plan
+    assert plan.first_stored_block > 0.5 * plan.num_full_blocks
+    assert freed >= plan.first_stored_block
 
 
 def test_preemption(engines):

@@ -28,10 +28,11 @@ def test_held_blocks_follow_the_plan_and_stop_at_a_third_of_stocks_text(engine):
     held, answer = [], {}
     while not answer:
         before = {r.num_computed_tokens for r in engine.scheduler.requests.values()}
-        plans = dict(manager.plans)
+        known = dict(manager.adapted)
         answer = engine.step()
         for request in engine.scheduler.requests.values():
-            (plan,) = plans.values() or manager.plans.values()
+            (one,) = known.values() or manager.adapted.values()
+            plan = one.plan
             blocks = manager.req_to_blocks[request.request_id]
             held.append(sum(not block.is_null for block in blocks))
             length = request.num_computed_tokens

@@ -16,7 +16,7 @@ pytestmark = [
 ]
 WHERE = ("--gpu",)
 RUNNERS = ["v1", "v2"]
-EXECUTORS = ["pack", "gather"]
+SERVERS = ["none", "one", "many"]
 
 
 @pytest.fixture(scope="module")
@@ -45,29 +45,29 @@ def test_all_ratios_one_give_stocks_tokens(model, backend, dtype, graphs):
 
 @pytest.fixture(scope="module")
 def expected(model):
-    """Packed core, without graphs: rows that policies choose, read by vLLM's kernel."""
-    return answer(model, spec("pack"), "v2")["tokens"]
+    """Without graphs, on a server whose settings have no core."""
+    return answer(model, spec("none"), "v2")["tokens"]
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("lists", SERVERS)
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_in_company_alone_and_over_any_prefix(model, expected, runner, executor):
-    asked = spec(executor) | {"orders": ORDERS}
+def test_in_company_alone_and_over_any_prefix(model, expected, runner, lists):
+    asked = spec(lists) | {"orders": ORDERS}
     options = ("--runner", runner, "--backend", "AVL", "--alone")
     report = generate(model, asked, *WHERE, *options)
     assert report["tokens"] == report["alone"] == expected
     check_orders(report, expected)
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("lists", SERVERS)
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_graphs_change_no_token(model, expected, runner, executor):
+def test_graphs_change_no_token(model, expected, runner, lists):
     settings = GRAPHS | {"max_num_batched_tokens": 2048}
-    assert answer(model, spec(executor, **settings), runner)["tokens"] == expected
+    assert answer(model, spec(lists, **settings), runner)["tokens"] == expected
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_compiled_layers_change_no_token(model, expected, executor):
+@pytest.mark.parametrize("lists", SERVERS)
+def test_compiled_layers_change_no_token(model, expected, lists):
     """torch.compile and piecewise graphs, as a server has them by default."""
-    asked = spec(executor, enforce_eager=False)
+    asked = spec(lists, enforce_eager=False)
     assert answer(model, asked, "v2")["tokens"] == expected

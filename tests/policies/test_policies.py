@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vllm_avl.backend.rows import CORE, EVICTED, SECONDARY, LayerRows
-from vllm_avl.backend.selection import Candidates
+from vllm_avl.backend.rows import LayerRows
+from vllm_avl.backend.selection import Candidates, best_slots, rank
 from vllm_avl.config import AVLConfig, parse_config
 from vllm_avl.policies import POLICIES, TokenView
 
@@ -82,13 +82,16 @@ def test_a_view_is_only_read(name):
 def test_every_policy_spends_the_same(name):
     policy = POLICIES[name]
     view = view_for(policy)
-    rows = LayerRows(0, view.positions.repeat(len(view.attention), 1))
-    scores = policy.score(view)
-    labels = Candidates(view.positions, rows, int(view.positions[-1]) + 1).label(
-        scores, 30, scores, 10
-    )
-    for label, expected in ((EVICTED, 30), (SECONDARY, 10), (CORE, 20)):
-        assert ((labels == label).sum(1) == expected).all()
+    scores = POLICIES[name].score(view)
+    kept = rank(scores, scores, 30, 20)
+    rows = LayerRows(0, kept)
+    candidates = Candidates(view.positions, rows, int(view.positions[-1]) + 1)
+    by_slot = candidates.by_slot(scores)
+    core = best_slots(by_slot, kept, torch.ones_like(kept, dtype=torch.bool), 10)
+    assert kept.shape == (len(scores), 30)
+    assert (core.sum(1) == 20).all()
+    # What is best is first: core is the first slots.
+    assert core[:, :20].all()
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,17 @@ import pytest
 
 from standin.process import generate
 
+STORE = 0.5
 CORE = {"avl_core_ratio": 0.25, "avl_refresh_interval": 2}
 TEXT = {"avl_text_keep_ratio": 0.3}
 LONG = "What is it? " * 6
 
 
 def ask(*images, text="What is it?", max_tokens=8, **xargs):
+    """One request; what it leaves out is not left to the server's settings."""
+    store = xargs.get("avl_store_ratio", STORE)
+    if images:
+        xargs = {"avl_core_ratio": store, "avl_text_keep_ratio": 1} | xargs
     return {
         "images": list(images),
         "text": text,
@@ -30,7 +35,7 @@ SPEC = {
         ask(text="No picture at all."),
     ],
     "llm": {
-        "additional_config": {"avl": {"vision_store_ratio": 0.5}},
+        "additional_config": {"avl": {"vision_store_ratio": STORE}},
         "enable_prefix_caching": True,
         "max_num_seqs": 8,
         "max_num_batched_tokens": 256,
@@ -63,10 +68,18 @@ ON_TRITON = "vllm_avl.backend.cuda_triton.AVLTritonBackend"
 ON_FLASH = "vllm_avl.backend.cuda_flash.AVLFlashBackend"
 
 
-def spec(executor, attention="auto", **llm):
-    """`SPEC` with core read by `executor`, over an attention of vLLM's."""
-    settings = {"executor": executor, "attention": attention}
-    config = {"avl": {"vision_store_ratio": 0.5} | settings}
+LISTS = {
+    "none": {},
+    "one": {"vision_core_ratio": 0.25},
+    "many": {"vision_core_ratio": 0.25, "text_keep_ratio": 0.9},
+}
+"""Settings of servers whose graphs read no list of core, one a layer, one a KV head."""
+
+
+def spec(lists, attention="auto", **llm):
+    """`SPEC` on a server of `LISTS`, over an attention of vLLM's."""
+    settings = {"vision_store_ratio": STORE, "attention": attention}
+    config = {"avl": settings | LISTS[lists]}
     return SPEC | {"llm": SPEC["llm"] | {"additional_config": config} | llm}
 
 

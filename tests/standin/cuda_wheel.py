@@ -29,35 +29,35 @@ from standin.asks import (
 )
 from standin.process import GRAPHS, generate
 
-EAGER = (("v1", "pack"), ("v2", "gather"))
-IN_GRAPHS = (("v1", "gather"), ("v2", "pack"), ("v2", "gather"))
+EAGER = (("v1", "none"), ("v2", "one"))
+IN_GRAPHS = (("v1", "one"), ("v2", "none"), ("v2", "many"))
 
 
 def like_the_cpu(
-    model: Path, expected: dict[str, Any], python: str, runner: str, executor: str
+    model: Path, expected: dict[str, Any], python: str, runner: str, lists: str
 ) -> None:
     """Batched, alone, and over each other's prefix: the CPU back end's answers."""
-    asked = spec(executor) | {"orders": ORDERS}
+    asked = spec(lists) | {"orders": ORDERS}
     options = ("--runner", runner, "--alone", *BACKEND)
     report = generate(model, asked, *options, python=python)
     check(report, expected)
     assert report["alone"] == report["tokens"]
     check_orders(report, expected["tokens"])
     say(
-        f"{runner} {executor}: {len(report['tokens'])} requests, {len(ORDERS)} orders",
+        f"{runner} {lists}: {len(report['tokens'])} requests, {len(ORDERS)} orders",
         f"prefix hits {[order['hits'] for order in report['orders']]}",
     )
 
 
 def in_graphs(
-    model: Path, expected: dict[str, Any], python: str, runner: str, executor: str
+    model: Path, expected: dict[str, Any], python: str, runner: str, lists: str
 ) -> None:
     """The same from replayed graphs."""
     settings = GRAPHS | {"max_num_batched_tokens": 2048}
     options = ("--runner", runner, *BACKEND)
-    report = generate(model, spec(executor, **settings), *options, python=python)
+    report = generate(model, spec(lists, **settings), *options, python=python)
     check(report, expected)
-    say(f"{runner} {executor}: graphs", report["graphs"])
+    say(f"{runner} {lists}: graphs", report["graphs"])
 
 
 def like_stock(model: Path, python: str, runner: str) -> None:
@@ -89,11 +89,11 @@ def main() -> None:
         model = checkpoint.build(Path(folder) / "llava")
         expected = answer_on_cpu(model)
         say("the CPU build has answered", expected["versions"])
-        for runner, executor in EAGER:
+        for runner, lists in EAGER:
             like_stock(model, python, runner)
-            like_the_cpu(model, expected, python, runner, executor)
-        for runner, executor in IN_GRAPHS:
-            in_graphs(model, expected, python, runner, executor)
+            like_the_cpu(model, expected, python, runner, lists)
+        for runner, lists in IN_GRAPHS:
+            in_graphs(model, expected, python, runner, lists)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ def expected(model):
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("runner", "executor"), [("v1", "pack"), ("v2", "gather")])
-def test_both_runners_answer_as_the_cpu_does(model, expected, runner, executor):
+@pytest.mark.parametrize(("runner", "lists"), [("v1", "none"), ("v2", "one")])
+def test_both_runners_answer_as_the_cpu_does(model, expected, runner, lists):
     options = ("--runner", runner, "--alone", *BACKEND)
-    report = generate(model, spec(executor), *options)
+    report = generate(model, spec(lists), *options)
     check(report, expected)
     # In company and on one's own, cold and over one's own or another's prefix.
     assert report["alone"] == report["tokens"]
@@ -33,7 +33,7 @@ def test_both_runners_answer_as_the_cpu_does(model, expected, runner, executor):
 @pytest.mark.timeout(1200)
 def test_flash_attention_answers_as_the_cpu_does(model, expected):
     options = ("--runner", "v1", "--alone", *BACKEND)
-    report = generate(model, spec("pack", "flash"), *options, **FLASH)
+    report = generate(model, spec("none", "flash"), *options, **FLASH)
     check(report, expected, ON_FLASH)
     assert report["alone"] == report["tokens"]
 

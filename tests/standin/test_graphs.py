@@ -21,13 +21,13 @@ def expected(model):
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    ("runner", "executor"), [("v1", "gather"), ("v2", "gather"), ("v2", "pack")]
+    ("runner", "lists"), [("v1", "one"), ("v2", "many"), ("v2", "none")]
 )
-def test_graphs_answer_as_the_cpu_does(model, expected, runner, executor):
+def test_graphs_answer_as_the_cpu_does(model, expected, runner, lists):
     options = ("--runner", runner, *BACKEND)
     # All prompts in one step: behind it, every second one chooses core anew.
     settings = GRAPHS | {"max_num_batched_tokens": 2048}
-    report = generate(model, spec(executor, **settings), *options)
+    report = generate(model, spec(lists, **settings), *options)
     check(report, expected)
     assert report["graphs"]["replayed"] >= 4
 
@@ -42,7 +42,7 @@ def test_a_refresh_is_part_of_the_graph(model, expected):
     """Every step of the answers is a replay: none of them needs Python."""
     requests = [SPEC["requests"][index] for index in CORE_ALONE]
     settings = GRAPHS | {"max_num_batched_tokens": 2048}
-    asked = spec("gather", **settings) | {"requests": requests}
+    asked = spec("one", **settings) | {"requests": requests}
     report = generate(model, asked, "--runner", "v2", *BACKEND)
     answers = {
         name: [expected[name][index] for index in CORE_ALONE]
@@ -57,6 +57,6 @@ def test_a_refresh_is_part_of_the_graph(model, expected):
 def test_flash_attention_in_graphs_answers_as_the_cpu_does(model, expected):
     settings = GRAPHS | {"max_num_batched_tokens": 2048}
     options = ("--runner", "v2", *BACKEND)
-    report = generate(model, spec("pack", **settings), *options, **FLASH)
+    report = generate(model, spec("none", **settings), *options, **FLASH)
     check(report, expected, ON_FLASH)
     assert report["graphs"]["replayed"] >= 4

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
@@ -19,13 +21,29 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_avl.backend.cpu_cache import KEYS_BY_COLUMN, CPUCache
 from vllm_avl.backend.layer import Layer
-from vllm_avl.backend.listed import ListedRows, listed_rows
 from vllm_avl.backend.ranks import RANKS
 from vllm_avl.backend.request import Task
-from vllm_avl.backend.step import current_step
-from vllm_avl.backend.view import shift
+from vllm_avl.backend.seats import Seats, SeatTable
+from vllm_avl.backend.step import StepRows, current_step
+from vllm_avl.backend.view import make_tasks, stored_table
 from vllm_avl.cache.spec import AVLSpec, adapt
+from vllm_avl.kernels.cpu.attention import DecodeRows
 from vllm_avl.support import check_layer, check_layer_names, check_spec
+
+
+@dataclass
+class AttendedRows:
+    """The rows of a step that our kernel attends."""
+
+    rows: DecodeRows
+    seats: Seats
+    table: SeatTable
+    is_whole_step: bool
+    """Whether there is no other row, so that vLLM's kernel has nothing to do."""
+
+    def masks(self, layer: int) -> npt.NDArray:
+        """[num_rows] addresses of the rows' masks in a layer."""
+        return self.table.masks(layer, self.seats)
 
 
 @dataclass
@@ -33,8 +51,7 @@ class AVLMetadata(CPUAttentionMetadata):
     """Metadata over what is read, and who has work after this step's attention."""
 
     tasks: list[Task] = field(default_factory=list)
-    listed: ListedRows | None = None
-    """Rows that our kernel attends."""
+    attended: AttendedRows | None = None
 
 
 class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -48,7 +65,7 @@ class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
         device: torch.device,
     ) -> None:
         check_spec(kv_cache_spec, AVLSpec)
-        check_layer_names(layer_names, extract_layer_index)
+        check_layer_names(layer_names)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         if self.isa not in KEYS_BY_COLUMN:
             # AMX packs keys in tiles; this kernel's rows can be moved one by one.
@@ -63,28 +80,61 @@ class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> CPUAttentionMetadata:
         """Build the metadata; a step without adaptive requests is stock's."""
         common, step = common_attn_metadata, current_step()
-        if step is None or not step.turns:
+        if step is None:
             return super().build(common_prefix_len, common, fast_build)
-        view = step.view(common, self.block_size, fuses_scores=True)
-        table, seq_lens = shift(
-            torch.tensor(view.first_blocks, dtype=torch.int32),
-            common.block_table_tensor,
-            common.seq_lens,
-            self.block_size,
-        )
+        rows = step.rows(common)
+        # What lies behind the longest request is read by nobody.
+        width = -(-common.max_seq_len // self.block_size)
+        block_table = common.block_table_tensor[:, :width]
+        stored = stored_table(rows, block_table, self.block_size)
+        first = torch.from_numpy(rows.first_block * self.block_size)
+        seq_lens = (common.seq_lens - first).to(torch.int32)
+        attended = _attended(rows, stored, seq_lens, common.query_start_loc_cpu)
+        # vLLM's kernel must be given something for the rows that are ours.
+        read = seq_lens.clone()
+        read[torch.from_numpy(rows.is_attended)] = 1
         shifted = common.replace(
-            seq_lens=seq_lens,
-            block_table_tensor=table,
-            max_seq_len=int(seq_lens.max()),
+            seq_lens=read, block_table_tensor=stored, max_seq_len=int(read.max())
         )
         metadata = super().build(common_prefix_len, shifted, fast_build)
-        listed = listed_rows(
-            view.turns,
-            common.block_table_tensor,
-            common.query_start_loc_cpu.tolist(),
-            self.block_size,
-        )
-        return AVLMetadata(**vars(metadata), tasks=view.tasks, listed=listed)
+        tasks = []
+        if rows.with_python:
+            query_starts = common.query_start_loc_cpu.tolist()
+            sizes = query_starts, self.block_size
+            tasks = make_tasks(rows, block_table, stored, *sizes)
+        return AVLMetadata(**vars(metadata), tasks=tasks, attended=attended)
+
+
+def _attended(
+    rows: StepRows,
+    stored: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+) -> AttendedRows | None:
+    """Return the rows that our kernel attends, None for none of them.
+
+    Args:
+        rows: of the step.
+        stored: [num_reqs, max_blocks] int32, see `view.stored_table`.
+        seq_lens: [num_reqs] int32 slots of what is stored.
+        query_start_loc: [num_reqs + 1] index of each row's first token.
+    """
+    found = np.flatnonzero(rows.is_attended)
+    if not len(found):
+        return None
+    is_whole_step = len(found) == len(rows.index)
+    of = rows.of[found]
+    masked = np.where(rows.reads_all[found], 0, of["num_masked"])
+    decode_rows = DecodeRows(
+        query_start_loc.numpy()[found].astype(np.int64),
+        stored if is_whole_step else stored[torch.from_numpy(found)],
+        seq_lens.numpy()[found].astype(np.int64),
+        masked,
+        of["mask_stride"],
+        rows.scores[found],
+    )
+    seats = rows.seats[found]
+    return AttendedRows(decode_rows, seats, rows.step.requests.seats, is_whole_step)
 
 
 class AVLImpl(CPUAttentionBackendImpl):
@@ -113,7 +163,8 @@ class AVLImpl(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         """Attend as stock does over the metadata's blocks, then perform the tasks."""
         ours = attn_metadata if isinstance(attn_metadata, AVLMetadata) else None
-        if ours is None or ours.listed is None or not ours.listed.is_whole_step:
+        attended = None if ours is None else ours.attended
+        if attended is None or not attended.is_whole_step:
             output = super().forward(
                 layer,
                 query,
@@ -139,12 +190,12 @@ class AVLImpl(CPUAttentionBackendImpl):
         output: torch.Tensor,
     ) -> None:
         cache = CPUCache(kv_cache, self.head_size, self.scale, self.logits_soft_cap)
-        if metadata.listed is not None:
-            paid = metadata.listed.attend(index, cache, query, output)
-            cache = replace(cache, paid=paid)
+        attended = metadata.attended
+        if attended is not None:
+            cache.attend(query, attended.rows, attended.masks(index), output)
         layer = Layer(index, cache, RANKS)
         for task in metadata.tasks:
-            layer.perform(task, query, output)
+            layer.perform(task, query)
 
 
 class AVLBackend(CPUAttentionBackend):

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy.typing as npt
 import torch
 
-from vllm_avl.backend.rows import Moves
-from vllm_avl.kernels import (
-    attention_scores,
-    compact_blocks,
-    exchange_rows,
-    host,
-    scored_attention,
-)
+from vllm_avl.backend.request import Task
+from vllm_avl.backend.rows import LayerRows, Mask
+from vllm_avl.backend.selection import best_slots_on_cpu, rank
+from vllm_avl.kernels.cpu.attention import DecodeRows, selected_attention
+from vllm_avl.kernels.cpu.copy_rows import copy_rows
+from vllm_avl.kernels.cpu.scores import attention_scores
 
 KEYS_BY_COLUMN = ("vec", "vec16")
 """Instruction sets of vLLM's kernel whose keys lie `[head_size, block_size]`."""
@@ -31,7 +29,7 @@ class CPUCache:
     head_size: int
     scale: float
     soft_cap: float
-    paid: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    seen_by: dict[int, torch.Tensor] = field(default_factory=dict)
     """By index of a row's token in the step, [num_heads, num_slots] attention."""
 
     @property
@@ -39,75 +37,79 @@ class CPUCache:
         """KV heads of this rank."""
         return self.kv_cache.shape[1]
 
-    @property
-    def block_size(self) -> int:
-        """Rows a block holds."""
-        return self.kv_cache.shape[2]
-
-    @property
-    def pads_moves(self) -> bool:
-        """Return False: what is counted here is known at once."""
-        return False
-
     @cached_property
     def halves(self) -> torch.Tensor:
         """[num_blocks, num_kv_heads, 2, block_size · head_size]: keys, values."""
-        num_blocks, num_kv_heads, block_size, _ = self.kv_cache.shape
-        return self.kv_cache.view(
-            num_blocks, num_kv_heads, 2, block_size * self.head_size
+        return self.kv_cache.view(*self.kv_cache.shape[:2], 2, -1)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        rows: DecodeRows,
+        masks: npt.NDArray,
+        output: torch.Tensor,
+    ) -> None:
+        """As `kernels.cpu.selected_attention`; what scored rows have seen is kept."""
+        seen = selected_attention(
+            query, self.halves, rows, masks, output, self.scale, self.soft_cap
         )
-
-    @cached_property
-    def keys(self) -> torch.Tensor:
-        """[num_blocks, num_kv_heads, block_size, head_size] view."""
-        columns = self.halves[:, :, 0].unflatten(-1, (self.head_size, self.block_size))
-        return columns.transpose(-1, -2)
-
-    @cached_property
-    def values(self) -> torch.Tensor:
-        """[num_blocks, num_kv_heads, block_size, head_size] view."""
-        return self.halves[:, :, 1].unflatten(-1, (self.block_size, self.head_size))
+        self.seen_by.update({int(rows.tokens[row]): paid for row, paid in seen.items()})
 
     def scores(
         self, query: torch.Tensor, blocks: torch.Tensor, num_tokens: int
     ) -> torch.Tensor:
-        """As `kernels.attention_scores`."""
+        """As `kernels.cpu.attention_scores`."""
         return attention_scores(
-            query, self.keys, blocks, num_tokens, self.scale, self.soft_cap
+            query, self.halves, blocks, num_tokens, self.scale, self.soft_cap
         )
 
-    def attend(
-        self, query: torch.Tensor, blocks: torch.Tensor, num_tokens: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `kernels.scored_attention`."""
-        rest = blocks, num_tokens, self.scale, self.soft_cap
-        if self.kv_cache.dtype not in host.DTYPES:
-            return scored_attention(query, self.keys, self.values, *rest)
-        row = host.Row(blocks, num_tokens)
-        read = self.select(query.unsqueeze(0), [row])
-        return read.output[0], read.probabilities(0, row)
+    def seen(self, task: Task, num_slots: int) -> torch.Tensor:
+        """[num_heads, num_slots] attention of a row that our kernel has attended."""
+        return self.seen_by[task.last][:, :num_slots]
 
-    def select(self, query: torch.Tensor, rows: Sequence[host.Row]) -> host.Attention:
-        """As `kernels.host.selected_attention`."""
-        return host.selected_attention(
-            query, self.halves, rows, self.scale, self.soft_cap
-        )
-
-    def probabilities(
-        self, token: int, _blocks: torch.Tensor, _num_slots: int
+    def rank(
+        self,
+        scores: torch.Tensor,
+        core_scores: torch.Tensor,
+        num_stored: int,
+        num_core: int,
     ) -> torch.Tensor:
-        """[num_heads, num_slots] attention that a row of the step paid."""
-        return self.paid[token]
+        """As `backend.selection.rank`."""
+        return rank(scores, core_scores, num_stored, num_core)
 
-    def list_core(self, *_: object) -> None:
-        """Do nothing: the rows' own mask is the list (`LayerRows.listed`)."""
+    def best(
+        self,
+        scores: torch.Tensor,
+        positions: torch.Tensor,
+        competes: torch.Tensor,
+        num_others: int,
+    ) -> torch.Tensor:
+        """As `backend.selection.best_slots_on_cpu`."""
+        return best_slots_on_cpu(scores, positions, competes, num_others)
 
-    def move(self, blocks: torch.Tensor, moves: Moves) -> None:
-        """Move rows of a request whose block ids are `blocks`."""
-        pairs = blocks, moves.source, moves.target
-        if not moves.exchange:
-            compact_blocks(self.keys, self.values, *pairs, moves.heads)
-        elif moves.heads is None and self.kv_cache.dtype in host.DTYPES:
-            host.exchange_rows(self.halves, *pairs, self.head_size)
-        else:
-            exchange_rows(self.keys, self.values, *pairs, moves.heads)
+    def copy(
+        self,
+        source_blocks: torch.Tensor,
+        source: torch.Tensor,
+        target_blocks: torch.Tensor,
+        target: torch.Tensor | None = None,
+        *,
+        in_place: bool = False,
+    ) -> None:
+        """As `kernels.cpu.copy_rows`."""
+        copy_rows(
+            self.halves,
+            self.head_size,
+            source_blocks,
+            source.contiguous(),
+            target_blocks,
+            target,
+            in_place=in_place,
+        )
+
+    def set_core(
+        self, task: Task, layer: int, rows: LayerRows, mask: torch.Tensor
+    ) -> None:
+        """Let the kernel read the mask where it lies."""
+        rows.core = Mask(mask)
+        task.state.seats.set_mask(layer, task.state.seat, mask.data_ptr())

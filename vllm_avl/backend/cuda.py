@@ -6,9 +6,12 @@ These are the parts that do not depend on whose attention it is; `cuda_triton` a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
@@ -22,14 +25,18 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_avl.backend.gather import GatherBuffers, GatheredRows, gathered_rows
-from vllm_avl.backend.kernel_layer import KernelLayer
+from vllm_avl.backend.core_lists import (
+    CoreLists,
+    ListedRows,
+    some_rows,
+    whole_step,
+)
 from vllm_avl.backend.layer import Layer
 from vllm_avl.backend.ranks import RANKS
-from vllm_avl.backend.request import Task
-from vllm_avl.backend.step import Step, current_step
+from vllm_avl.backend.request import RequestState, Task
+from vllm_avl.backend.step import StepRows, current_step
 from vllm_avl.backend.triton_cache import TritonCache
-from vllm_avl.backend.view import StepView, shift
+from vllm_avl.backend.view import make_tasks, stored_table
 from vllm_avl.cache.spec import AVLSpec, adapt
 from vllm_avl.config import parse_config
 from vllm_avl.metrics.definitions import key
@@ -42,10 +49,10 @@ class CUDAMetadata:
 
     num_actual_tokens: int
     tasks: list[Task] = field(default_factory=list)
-    gathered: GatheredRows | None = None
+    listed: list[ListedRows] = field(default_factory=list)
     """Rows that our kernel attends."""
-    buffers: GatherBuffers | None = None
-    """Of lists of core; None where core is packed."""
+    lists_of: Callable[[RequestState], CoreLists] | None = None
+    """Which lists a request's core is in."""
 
 
 class CUDAMetadataBuilder(AttentionMetadataBuilder[Any]):
@@ -74,27 +81,45 @@ class CUDAMetadataBuilder(AttentionMetadataBuilder[Any]):
         device: torch.device,
     ) -> None:
         check_spec(kv_cache_spec, AVLSpec)
-        check_layer_names(layer_names, extract_layer_index)
+        check_layer_names(layer_names)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         modes = vllm_config.compilation_config.cudagraph_mode
         self._has_full_graphs = modes.has_full_cudagraphs()
         self._max_num_seqs = vllm_config.scheduler_config.max_num_seqs
-        self._gather: GatherBuffers | None = None
-        if parse_config(vllm_config.additional_config).lists_core:
-            num_blocks = vllm_config.cache_config.num_gpu_blocks
-            assert num_blocks is not None
-            self._gather = GatherBuffers(
-                num_blocks * kv_cache_spec.block_size,
-                self.num_heads_q,
-                self.num_heads_kv,
-                self._max_num_seqs,
-                device,
-                layer_names,
-            )
+        num_blocks = vllm_config.cache_config.num_gpu_blocks
+        assert num_blocks is not None
+        self._num_slots = num_blocks * kv_cache_spec.block_size
+        self._num_entered = torch.zeros(1, dtype=torch.int32, device=device)
+        num_lists = parse_config(vllm_config.additional_config).num_lists
+        self._in_graph = self._new_lists(num_lists) if num_lists else None
         self._table: torch.Tensor | None = None
         self._seq_lens = torch.zeros(
             self._max_num_seqs, dtype=torch.int32, device=device
         )
+
+    def _new_lists(self, num_lists: int) -> CoreLists:
+        """Return lists of core: for 1, all KV heads have the same."""
+        return CoreLists(
+            self._num_slots,
+            self.num_heads_q,
+            self.num_heads_kv,
+            1 if num_lists == 1 else self.num_heads_kv,
+            self._max_num_seqs,
+            self._num_entered,
+            self.layer_names,
+        )
+
+    @cached_property
+    def _beside(self) -> CoreLists:
+        """Lists of what single requests ask for and no graph reads."""
+        return self._new_lists(2)
+
+    def _lists_of(self, state: RequestState) -> CoreLists:
+        """Return the lists that a request's core is in."""
+        if state.seats.records["in_graph"][state.seat]:
+            assert self._in_graph is not None
+            return self._in_graph
+        return self._beside
 
     def build(
         self,
@@ -103,71 +128,94 @@ class CUDAMetadataBuilder(AttentionMetadataBuilder[Any]):
         fast_build: bool = False,
     ) -> Any:
         """Build the metadata; tables of decode steps go where graphs read them."""
-        common = common_attn_metadata
-        step = current_step()
-        view = None
-        if step is not None and step.turns:
-            view = step.view(common, self.block_size, fuses_scores=False)
+        common, step = common_attn_metadata, current_step()
+        rows = None if step is None else step.rows(common)
         in_graph = self._has_full_graphs and common.max_query_len == 1
-        if view is None and not in_graph:
+        if rows is None and not in_graph:
             return super().build(common_prefix_len, common, fast_build)
-        if view is None:
-            view = StepView([], [], [])
-        gathered = None
-        if self._gather is not None:
-            gathered = gathered_rows(self._gather, common, view.turns)
-            if step is not None:
-                self._count(step, view, self._gather.num_entered)
-        if gathered is None or gathered.tokens is not None:
-            common = self._shift(common, view.first_blocks, keep=in_graph)
-        metadata = super().build(common_prefix_len, common, fast_build)
+        stored = self._stored(common, rows, keep=in_graph)
+        listed = self._listed(stored, rows)
+        metadata = super().build(common_prefix_len, stored, fast_build)
+        tasks = []
+        if rows is not None:
+            self._count(rows)
+            tasks = make_tasks(
+                rows,
+                common.block_table_tensor,
+                stored.block_table_tensor,
+                common.query_start_loc_cpu.tolist() if rows.with_python else (),
+                self.block_size,
+            )
         return self.metadata_cls(
-            **vars(metadata),
-            tasks=view.tasks,
-            gathered=gathered,
-            buffers=self._gather,
+            **vars(metadata), tasks=tasks, listed=listed, lists_of=self._lists_of
         )
 
-    def _count(self, step: Step, view: StepView, num_entered: torch.Tensor) -> None:
-        """Count what kernels will choose, and say where they count what enters core."""
-        for turn in view.turns:
-            if turn is not None and turn.scores and turn.state.ranks_in_kernels:
-                num_selected = turn.state.plan.num_core_vision * len(self.layer_names)
-                turn.state.counts.count(key("core_rows_selected"), num_selected)
-                step.num_entered = num_entered
-
-    def _shift(
-        self, common: CommonAttentionMetadata, first_blocks: list[int], keep: bool
+    def _stored(
+        self, common: CommonAttentionMetadata, rows: StepRows | None, keep: bool
     ) -> CommonAttentionMetadata:
-        """Return `common` with every row starting at its first block.
+        """Return `common` with every row over what its request has stored.
 
         Args:
             common: of the step; its tensors are the runner's, and are not written.
-            first_blocks: for each row; rows behind these start at 0.
+            rows: of the step; None where nothing is adaptive.
             keep: put the result into the buffers that graphs read.
         """
         num_reqs = common.num_reqs
         table = common.block_table_tensor[:num_reqs]
-        padded = first_blocks + [0] * (num_reqs - len(first_blocks))
-        first = torch.tensor(padded, dtype=torch.int32)
+        first = np.zeros(num_reqs, np.int32)
+        table_out = lens_out = None
+        if keep:
+            table_out, lens_out = self._buffers(table)
+        if rows is None:
+            assert table_out is not None
+            stored = table_out.copy_(table)
+        else:
+            stored = stored_table(rows, table, self.block_size, table_out)
+            num_tokens = rows.first_block * rows.step.requests.block_size
+            first[: len(num_tokens)] = num_tokens
+        in_front = torch.from_numpy(first)
         lens = common.seq_lens_cpu_upper_bound
         assert lens is not None
-        lens = lens[:num_reqs] - first * self.block_size
-        out = self._buffers(table) if keep else None
-        new_table, seq_lens = shift(
-            first.to(self.device, non_blocking=True),
-            table,
+        lens = lens[:num_reqs] - in_front
+        seq_lens = torch.sub(
             common.seq_lens[:num_reqs],
-            self.block_size,
-            out,
+            in_front.to(self.device, non_blocking=True),
+            out=lens_out,
         )
         return common.replace(
-            block_table_tensor=new_table,
+            block_table_tensor=stored,
             seq_lens=seq_lens,
             seq_lens_cpu_upper_bound=lens,
             # Captured graphs are for any length.
             max_seq_len=max(int(lens.max()), 1) if not keep else common.max_seq_len,
         )
+
+    def _listed(
+        self, stored: CommonAttentionMetadata, rows: StepRows | None
+    ) -> list[ListedRows]:
+        """Return the rows that our kernel attends, with each kind of lists."""
+        nothing = np.zeros(0, np.bool_)
+        attended = nothing if rows is None else rows.is_attended
+        in_graph = nothing if rows is None else attended & rows.of["in_graph"]
+        listed = []
+        if self._in_graph is not None and stored.max_query_len == 1:
+            listed.append(whole_step(self._in_graph, stored, rows, in_graph))
+        elif self._in_graph is not None and in_graph.any():
+            assert rows is not None
+            listed.append(some_rows(self._in_graph, stored, rows, in_graph))
+        if (attended & ~in_graph).any():
+            assert rows is not None
+            listed.append(some_rows(self._beside, stored, rows, attended & ~in_graph))
+        return listed
+
+    def _count(self, rows: StepRows) -> None:
+        """Count what kernels will choose, and say where they count what enters core."""
+        if rows.in_pass.any():
+            num_selected = int(rows.of["num_selected"][rows.in_pass].sum())
+            num_selected *= len(self.layer_names)
+            counts = rows.step.requests.counts
+            counts.count(key("core_rows_selected"), num_selected)
+            rows.step.num_entered = self._num_entered
 
     def _buffers(self, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         num_reqs, width = table.shape
@@ -213,8 +261,8 @@ class CUDAImpl(AttentionImpl[Any]):
     ) -> torch.Tensor:
         """Attend as stock does over the metadata's blocks, then perform the tasks."""
         ours = attn_metadata if isinstance(attn_metadata, CUDAMetadata) else None
-        gathered = None if ours is None else ours.gathered
-        if gathered is None or gathered.tokens is not None:
+        listed = [] if ours is None else ours.listed
+        if not any(rows.tokens is None for rows in listed):
             super().forward(
                 layer,
                 query,
@@ -226,13 +274,21 @@ class CUDAImpl(AttentionImpl[Any]):
                 output_scale,
                 output_block_scale,
             )
-        if ours is None or not (ours.tasks or gathered):
+        if ours is None or not (ours.tasks or listed):
             return output
-        cache = self._cache(layer, kv_cache, ours.buffers)
-        if gathered is not None:
-            count = ours.num_actual_tokens
-            gathered.attend(
-                layer.layer_name,
+        name = layer.layer_name
+        cache = TritonCache(
+            kv_cache,
+            self.head_size,
+            self.scale,
+            self.logits_soft_cap,
+            name,
+            ours.lists_of,
+        )
+        count = ours.num_actual_tokens
+        for rows in listed:
+            rows.attend(
+                name,
                 query[:count],
                 cache.keys,
                 cache.values,
@@ -240,41 +296,10 @@ class CUDAImpl(AttentionImpl[Any]):
                 self.logits_soft_cap,
                 output[:count],
             )
-        if ours.tasks:
-            self._perform(layer.layer_name, cache, ours, query, output)
-        return output
-
-    def _perform(
-        self,
-        layer_name: str,
-        cache: TritonCache,
-        ours: CUDAMetadata,
-        query: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
-        """Do a layer's tasks: by kernels what they can rank, else by policies."""
-        index, buffers = extract_layer_index(layer_name), ours.buffers
-        lists = None if buffers is None else buffers.layers[layer_name]
-        by_kernels = KernelLayer(index, cache, lists, RANKS)
-        by_policies = Layer(index, cache, RANKS)
+        work = Layer(extract_layer_index(name), cache, RANKS)
         for task in ours.tasks:
-            if task.state.ranks_in_kernels:
-                by_kernels.perform(task, query)
-            else:
-                by_policies.perform(task, query, output)
-
-    def _cache(
-        self,
-        layer: torch.nn.Module,
-        kv_cache: torch.Tensor,
-        buffers: GatherBuffers | None,
-    ) -> TritonCache:
-        """Return the layer's cache as selection and eviction see it."""
-        plain = kv_cache, self.head_size, self.scale, self.logits_soft_cap
-        if buffers is None:
-            return TritonCache(*plain)
-        lists = buffers.layers[layer.layer_name]
-        return TritonCache(*plain, lists.core_list, buffers.scores)
+            work.perform(task, query)
+        return output
 
 
 class CUDABackend(AttentionBackend):

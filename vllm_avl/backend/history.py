@@ -22,32 +22,38 @@ class CoreHistory:
 
     _selections: list[tuple[int, npt.NDArray[np.uint8]]] = field(default_factory=list)
     """Length of the request, and [num_rankings, cdiv(num_full_tokens, 8)] bits."""
-    _noted: list[tuple[int, torch.Tensor, int]] = field(default_factory=list)
+    _noted: list[tuple[int, torch.Tensor, torch.Tensor, int]] = field(
+        default_factory=list
+    )
     """What `note` was told since bits were made of it."""
 
     def note(
-        self, num_tokens: int, positions: torch.Tensor, num_full_tokens: int
+        self,
+        num_tokens: int,
+        positions: torch.Tensor,
+        core: torch.Tensor,
+        num_full_tokens: int,
     ) -> None:
-        """Remember one selection.
+        """Remember one selection; its tensors must not change any more.
 
         Args:
             num_tokens: length of the request after the step.
-            positions: [num_rankings, num_rows] original positions of what ordinary
-                steps read from now on; must not change any more.
+            positions: [num_rankings, num_slots] original positions of stored rows.
+            core: [num_rankings, num_slots], True where ordinary steps read them.
             num_full_tokens: tokens of the full prompt blocks; others are not ranked.
         """
         limit = max(MAX_RANKINGS // len(positions), 2)
         if len(self._selections) + len(self._noted) >= limit:
             self._pack()
             del self._selections[1::2]
-        self._noted.append((num_tokens, positions, num_full_tokens))
+        self._noted.append((num_tokens, positions, core, num_full_tokens))
         if len(self._noted) * len(positions) >= PACKED_AT_ONCE:
             self._pack()
 
     def _pack(self) -> None:
         self._selections += [
-            (num_tokens, _bits(positions, num_full_tokens))
-            for num_tokens, positions, num_full_tokens in self._noted
+            (num_tokens, _bits(positions, core, num_full_tokens))
+            for num_tokens, positions, core, num_full_tokens in self._noted
         ]
         self._noted.clear()
 
@@ -64,10 +70,11 @@ class CoreHistory:
             yield num_tokens, [wanted[row].tolist() for row in read]
 
 
-def _bits(positions: torch.Tensor, num_full_tokens: int) -> npt.NDArray[np.uint8]:
+def _bits(
+    positions: torch.Tensor, core: torch.Tensor, num_full_tokens: int
+) -> npt.NDArray[np.uint8]:
     # NumPy, because a call of torch costs more than its work on so little data.
     rows = np.minimum(positions.cpu().numpy(), num_full_tokens)
     read = np.zeros((len(rows), num_full_tokens + 1), np.bool_)
-    rankings = np.arange(len(rows))[:, None]
-    read.ravel()[(rows + rankings * read.shape[1]).ravel()] = True
+    np.put_along_axis(read, rows, core.cpu().numpy(), axis=1)
     return np.packbits(read[:, :num_full_tokens], axis=1)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from vllm_avl.backend.request import RequestState
 from vllm_avl.backend.rows import LayerRows
 from vllm_avl.plan import Plan, count
@@ -108,7 +110,6 @@ def summarize(request_id: str, state: RequestState) -> RequestSummary:
 def report(request_id: str, state: RequestState) -> RequestReport:
     """Describe `state`; may be called between any two steps."""
     plan = state.plan
-    kernel_rows = {index: rows.read() for index, rows in state.kernel_rows.items()}
     return RequestReport(
         **vars(summarize(request_id, state)),
         settings=plan.config.model_dump(),
@@ -117,7 +118,7 @@ def report(request_id: str, state: RequestState) -> RequestReport:
         timeline=list(timeline(plan, state.num_tokens)),
         layers=[
             _report_layer(index, rows, state)
-            for index, rows in sorted((state.layers | kernel_rows).items())
+            for index, rows in sorted(state.layers.items())
         ],
     )
 
@@ -136,17 +137,15 @@ def timeline(plan: Plan, num_tokens: int) -> Iterator[Held]:
 
 
 def _report_layer(index: int, rows: LayerRows, state: RequestState) -> LayerReport:
-    plan = state.plan
-    num_secondary = plan.num_stored_blocks - plan.num_core_blocks
-    border = num_secondary * plan.block_size
     ranked = set(state.candidates.tolist())
-    appended = range(rows.end, state.num_tokens)
+    appended = range(rows.start + rows.num_slots, state.num_tokens)
+    mask = rows.mask()
+    is_core = (
+        torch.ones_like(rows.positions, dtype=torch.bool) if mask is None else mask
+    )
     core, secondary, evicted, text = [], [], [], []
-    for head in rows.positions.tolist():
-        behind = set(head[:border])
-        if rows.listed is not None:
-            listed = zip(head, rows.listed.tolist(), strict=False)
-            behind = {position for position, in_core in listed if not in_core}
+    for head, listed in zip(rows.positions.tolist(), is_core.tolist(), strict=True):
+        behind = {p for p, is_read in zip(head, listed, strict=True) if not is_read}
         read = {*head, *appended} - behind
         core.append(sorted(read & ranked))
         secondary.append(sorted(behind))

@@ -1,16 +1,17 @@
-"""What a layer does for adaptive requests after its attention: score, evict, move."""
+"""What a layer does for adaptive requests after its attention: score, keep, evict."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from vllm_avl.backend.ranks import Ranks
 from vllm_avl.backend.request import RequestState, Task
-from vllm_avl.backend.rows import CORE, SECONDARY, LayerRows, Moves, rearrange
-from vllm_avl.backend.selection import Candidates, label_aged_text
+from vllm_avl.backend.rows import LayerRows
+from vllm_avl.backend.selection import Candidates
+from vllm_avl.backend.text import close_ranks, find_aged, move_mask
 from vllm_avl.metrics.definitions import Stage, key
 from vllm_avl.policies import TokenView
 
@@ -22,58 +23,88 @@ class Cache(Protocol):
     def num_kv_heads(self) -> int:
         """KV heads of this rank."""
 
-    @property
-    def block_size(self) -> int:
-        """Rows a block holds."""
-
-    @property
-    def pads_moves(self) -> bool:
-        """Whether counting moves would wait for the device, so that they are padded."""
-
     def scores(
         self, query: torch.Tensor, blocks: torch.Tensor, num_tokens: int
     ) -> torch.Tensor:
-        """As `kernels.attention_scores`."""
+        """[num_heads, num_tokens] attention of a sequence's last rows, summed, fp32.
 
-    def move(self, blocks: torch.Tensor, moves: Moves) -> None:
-        """Move rows of a request whose block ids are `blocks`."""
+        Args:
+            query: [num_rows, num_heads, head_size].
+            blocks: block ids of the sequence, int32.
+            num_tokens: keys of the sequence.
+        """
 
+    def seen(self, task: Task, num_slots: int) -> torch.Tensor:
+        """[num_heads or num_kv_heads, num_slots] attention of a row, fp32.
 
-class ListingCache(Cache, Protocol):
-    """A cache whose core is a list, and whose kernel has left its scores."""
+        Args:
+            task: whose row our kernel has attended in this step.
+            num_slots: first slots to look at.
+        """
 
-    def probabilities(
-        self, token: int, blocks: torch.Tensor, num_slots: int
+    def rank(
+        self,
+        scores: torch.Tensor,
+        core_scores: torch.Tensor,
+        num_stored: int,
+        num_core: int,
     ) -> torch.Tensor:
-        """[num_heads or num_kv_heads, num_slots] attention that a row of the step paid.
+        """[num_rankings, num_stored] candidates that stay, those of core first.
 
         Args:
-            token: index of the row's token in the step.
-            blocks: ids of the request's blocks from the first stored on, int64.
-            num_slots: of these blocks.
+            scores: [num_rankings, num_candidates] fp32, which of them stay.
+            core_scores: as scores, which of those are core.
+            num_stored: how many stay.
+            num_core: how many of those are core.
         """
 
-    def list_core(
-        self, blocks: torch.Tensor, in_core: torch.Tensor, size: int, start: int
+    def best(
+        self,
+        scores: torch.Tensor,
+        positions: torch.Tensor,
+        competes: torch.Tensor,
+        num_others: int,
+    ) -> torch.Tensor:
+        """[num_rankings, num_slots] bool: all but the worst of those that compete.
+
+        Args:
+            scores: [num_rankings, num_slots] fp32.
+            positions: as scores, int64; of equals the highest is the worst.
+            competes: as scores, bool.
+            num_others: slots of each ranking that are the worst.
+        """
+
+    def copy(
+        self,
+        source_blocks: torch.Tensor,
+        source: torch.Tensor,
+        target_blocks: torch.Tensor,
+        target: torch.Tensor | None = None,
+        *,
+        in_place: bool = False,
     ) -> None:
-        """Let the kernel read a request's core from the next step on.
+        """Copy rows.
 
         Args:
-            blocks: as above.
-            in_core: [num_slots], True where a slot is core; a contiguous tensor that
-                stays as it is until the next list.
-            size: slots that are core.
-            start: position in the request, in tokens, of the first slot.
+            source_blocks: block ids, int32.
+            source: [num_rankings, num_rows] int32 slots of those blocks, for all KV
+                heads or for each.
+            target_blocks: as source_blocks.
+            target: as source; None for the first slots.
+            in_place: whether a row may be written that is read for another one.
         """
 
+    def set_core(
+        self, task: Task, layer: int, rows: LayerRows, mask: torch.Tensor
+    ) -> None:
+        """Let ordinary steps read core from now on.
 
-class FusingCache(Cache, Protocol):
-    """A cache that attends and scores in one read."""
-
-    def attend(
-        self, query: torch.Tensor, blocks: torch.Tensor, num_tokens: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `kernels.scored_attention`."""
+        Args:
+            task: of the request.
+            layer: index of the layer.
+            rows: what it stores; its `core` is set.
+            mask: [num_rankings, num_slots] bool, contiguous; never changed.
+        """
 
 
 @dataclass(frozen=True)
@@ -84,259 +115,280 @@ class Layer:
     cache: Cache
     ranks: Ranks
 
-    def perform(self, task: Task, query: torch.Tensor, output: torch.Tensor) -> None:
+    def perform(self, task: Task, query: torch.Tensor) -> None:
         """Do what `task` asks of this layer.
 
         Args:
             task: of one request.
             query: [num_tokens, num_heads, head_size] of the step.
-            output: [num_tokens, num_heads, head_size] of the step; the row of a
-                request that scores while attending is written here.
         """
         timed = task.state.timed
-        if task.compacts:
+        if task.prompt is not None:
             with timed(Stage.SCORING):
-                probabilities = self._score_prompt(task, query)
+                attention = self._score_prompt(task, query)
             with timed(Stage.COMPACTION):
-                self._compact(task, probabilities)
+                self._store(task, attention)
         elif task.scores:
             with timed(Stage.REFRESH):
-                self._refresh(task, query, output)
+                self._refresh(task, query)
         if task.num_aged:
             with timed(Stage.TEXT_EVICTION):
                 self._evict_text(task)
+
+    # The prompt's end.
 
     def _score_prompt(self, task: Task, query: torch.Tensor) -> torch.Tensor:
         """[num_heads, num_prompt_tokens] attention from the scoring rows."""
         plan = task.state.plan
         rows = query[task.query_end - plan.num_scoring_rows : task.query_end]
-        return self.cache.scores(rows, task.blocks, plan.num_prompt_tokens)
+        assert task.prompt is not None
+        return self.cache.scores(rows, task.prompt, plan.num_prompt_tokens)
 
-    def _compact(self, task: Task, probabilities: torch.Tensor) -> None:
-        """Evict minor rows of the prompt, and put core behind secondary."""
+    def _store(self, task: Task, attention: torch.Tensor) -> None:
+        """Copy what stays to the request's own blocks, and select core."""
         state, plan = task.state, task.state.plan
-        device = probabilities.device
-        positions = torch.arange(plan.num_prompt_tokens, device=device)
-        rows = LayerRows(0, positions.unsqueeze(0))
-        if state.policy.per_head:
+        kept = self._rank_prompt(task, attention)
+        if plan.moves_rows:
+            positions = self._with_fixed(state, kept)
+            self._copy(task, positions.to(torch.int32))
+            is_core = torch.arange(plan.num_stored_rows, device=kept.device)
+            mask = (is_core < plan.num_core_rows).unsqueeze(0)
+        else:
+            positions = torch.arange(plan.num_full_tokens, device=kept.device)[None]
+            self._copy_shared(task, positions.to(torch.int32))
+            core = kept[:, : kept.shape[1] - plan.num_secondary_rows]
+            mask = torch.zeros_like(positions, dtype=torch.bool)
+            mask = mask.repeat(len(kept), 1)
+            mask.scatter_(1, self._with_fixed(state, core), True)
+        if not state.remembers_rows:
+            return
+        rows = LayerRows(plan.first_stored_block * plan.block_size, positions)
+        if state.splits_heads:
             rows.split_heads(self.cache.num_kv_heads)
-        if state.keeps_sums or state.policy.keeps_sums:
-            rows.sums = self._by_kv_head(probabilities)
-        start = plan.private_from * plan.block_size
-        if start or plan.has_core:
-            num_secondary = self._num_secondary(state)
-            labels = self._label(task, rows, probabilities, start, num_secondary)
-            self._place(task, rows, labels, start)
-            self._note_core(task, rows)
-        if not state.keeps_sums:
-            rows.sums = None
-        elif plan.text_window is not None:
-            rows.split_heads(self.cache.num_kv_heads)
-        if state.remembers_rows:
-            state.layers[self.index] = rows
+        if plan.text_window is not None:
+            rows.extend(plan.num_prompt_tokens)
+        if state.keeps_sums:
+            by_kv_head = self._by_kv_head(attention)
+            index = rows.positions.expand(len(by_kv_head), -1)
+            rows.sums = by_kv_head.gather(1, index)
+        state.layers[self.index] = rows
+        if plan.has_core:
+            self._select(task, rows, mask)
 
-    def _refresh(self, task: Task, query: torch.Tensor, output: torch.Tensor) -> None:
-        """Score all that is stored, and select core anew."""
+    def _rank_prompt(self, task: Task, attention: torch.Tensor) -> torch.Tensor:
+        """[num_rankings, num_kept] positions that stay of the ranked, core first."""
         state, plan = task.state, task.state.plan
-        rows = state.layers[self.index]
-        rows.extend(task.num_tokens)
-        probabilities = self._score_stored(task, rows, query, output)
-        if rows.sums is not None:
-            rows.add(self._by_kv_head(probabilities), plan.config.text_decay)
-        if plan.has_core and state.policy.refreshes:
-            num_secondary = self._num_secondary(state)
-            labels = self._label(task, rows, probabilities, 0, num_secondary)
-            num_entered = self._place(task, rows, labels, rows.start)
-            self._count_turnover(state, rows, num_entered)
-            self._note_core(task, rows)
-
-    def _score_stored(
-        self,
-        task: Task,
-        rows: LayerRows,
-        query: torch.Tensor,
-        output: torch.Tensor,
-    ) -> torch.Tensor:
-        """[num_heads, num_slots] attention of the step's last row to what is stored."""
-        blocks = task.blocks[rows.start // self.cache.block_size :]
-        num_slots = rows.end - rows.start
-        last = task.query_end - 1
-        if not task.scores_while_attending:
-            return self.cache.scores(query[last : last + 1], blocks, num_slots)
-        if task.gathers:
-            return self._listing.probabilities(last, blocks, num_slots)
-        attend = cast(FusingCache, self.cache).attend
-        output[last], probabilities = attend(query[last], blocks, num_slots)
-        return probabilities
-
-    def _evict_text(self, task: Task) -> None:
-        """Evict whole blocks' worth of aged text; both regions move up."""
-        state, plan = task.state, task.state.plan
-        assert plan.text_window is not None
-        rows = state.layers[self.index]
-        rows.extend(task.num_tokens)
-        num_secondary = self._num_secondary(state)
-        labels = torch.full_like(rows.positions, CORE)
-        labels[:, :num_secondary] = SECONDARY
-        labels = label_aged_text(
-            rows,
-            labels,
-            state.ages(rows.positions) & (labels == CORE),
-            plan.text_window,
-            plan.num_text_tokens(task.num_tokens),
-            task.num_aged,
+        num_ranked, candidates = state.num_candidates, state.candidates
+        num_kept = num_ranked - plan.first_stored_block * plan.block_size
+        if num_kept == num_ranked and not plan.has_core:
+            return candidates.unsqueeze(0)
+        num_core = num_kept - plan.num_secondary_rows if plan.has_core else num_kept
+        scores, core_scores = self._score_candidates(
+            task, attention, num_kept, num_core
         )
-        self._place(task, rows, labels, rows.start + task.num_aged)
+        chosen = self.cache.rank(scores, core_scores, num_kept, num_core)
+        return candidates[chosen.to(torch.int64)]
 
-    def _label(
-        self,
-        task: Task,
-        rows: LayerRows,
-        probabilities: torch.Tensor,
-        num_evicted: int,
-        num_secondary: int,
-    ) -> torch.Tensor:
-        """Rank the candidates as the request's policy does.
+    def _score_candidates(
+        self, task: Task, attention: torch.Tensor, num_kept: int, num_core: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score the ranked tokens, and as core; the same object if scores are alike.
 
         Args:
             task: of the request.
-            rows: what is stored, the sums up to date.
-            probabilities: [num_heads, num_slots] attention from the scoring rows.
-            num_evicted: candidates that go for good.
-            num_secondary: candidates that stay, outside of core.
+            attention: [num_heads, num_prompt_tokens].
+            num_kept: of the ranked tokens, how many stay.
+            num_core: how many of those are core.
         """
-        state = task.state
+        state, candidates = task.state, task.state.candidates
+        if not state.policy.per_head:
+            ranked = self._reduce(state, attention, 0)[:, candidates]
+            ranked = self._over_ranks(task, ranked)
+            if state.policy.ranks_attention:
+                return ranked, ranked
+        by_kv_head = sums = None
+        if state.policy.per_head or state.policy.keeps_sums:
+            by_kv_head = self._by_kv_head(attention)[:, candidates]
+            ranked = by_kv_head if state.policy.per_head else ranked
+            sums = by_kv_head if state.policy.keeps_sums else None
+        held = torch.ones_like(ranked, dtype=torch.bool)
+        scores = self._scores(task, ranked, sums, held, num_kept)
+        if num_core == num_kept:
+            return scores, scores
+        return scores, self._scores(task, ranked, sums, held, num_core)
+
+    def _with_fixed(self, state: RequestState, ranked: torch.Tensor) -> torch.Tensor:
+        """Put positions that no policy ranks in front of `ranked` ones."""
+        return torch.cat([state.fixed.expand(len(ranked), -1), ranked], 1)
+
+    def _copy(self, task: Task, order: torch.Tensor) -> None:
+        """Copy the prompt's rows, in `order`, to the first stored slots."""
+        assert task.prompt is not None
+        in_place = task.state.compaction.in_place
+        self.cache.copy(task.prompt, order, task.stored, in_place=in_place)
+
+    def _copy_shared(self, task: Task, slots: torch.Tensor) -> None:
+        """Copy whole blocks that must not be shared: those with a copy to go to."""
+        compaction = task.state.compaction
+        if not compaction.num_copied:
+            return
+        assert task.prompt is not None
+        num_blocks = task.num_private
+        size = compaction.num_copied * num_blocks // len(compaction.block_ids)
+        differs = task.prompt[:num_blocks] != task.stored[:num_blocks]
+        copied = torch.nonzero_static(differs, size=size).flatten()
+        slots = slots.view(num_blocks, -1)[copied].view(1, -1)
+        self.cache.copy(task.prompt, slots, task.stored, slots)
+
+    # The answer.
+
+    def _refresh(self, task: Task, query: torch.Tensor) -> None:
+        """Score what is stored, and select core anew."""
+        state, plan = task.state, task.state.plan
+        rows = state.layers[self.index]
+        if plan.text_window is not None:
+            rows.extend(task.num_tokens)
+        num_slots = rows.num_slots
+        if task.attended:
+            attention = self.cache.seen(task, num_slots)
+        else:
+            row = query[task.last : task.query_end]
+            num_keys = task.num_tokens - rows.start
+            attention = self.cache.scores(row, task.stored, num_keys)[:, :num_slots]
+        if rows.sums is not None:
+            rows.add(self._by_kv_head(attention), plan.config.text_decay)
+        if state.refreshes_core:
+            before = rows.mask()
+            mask = self._choose_core(task, rows, attention)
+            assert before is not None
+            self._count_turnover(state, rows, (mask & ~before).sum())
+            self._select(task, rows, mask)
+
+    def _choose_core(
+        self, task: Task, rows: LayerRows, attention: torch.Tensor
+    ) -> torch.Tensor:
+        """[num_rankings, num_slots] what is core by the step's attention."""
+        state, num_secondary = task.state, task.state.plan.num_secondary_rows
+        if state.policy.ranks_attention and len(rows.positions) == 1:
+            # Nothing of it depends on the order of positions.
+            scores = self._reduce(state, attention, 0)
+            if state.plan.config.refresh_all_ranks:
+                scores = self._over_ranks(task, scores)
+        else:
+            scores = self._score_by_position(task, rows, attention)
+        competes = rows.competes(state.competes)
+        return self.cache.best(scores, rows.positions, competes, num_secondary)
+
+    def _score_by_position(
+        self, task: Task, rows: LayerRows, attention: torch.Tensor
+    ) -> torch.Tensor:
+        """[num_rankings, num_slots] scores of a policy that looks at positions."""
+        state, num_secondary = task.state, task.state.plan.num_secondary_rows
         candidates = Candidates(state.candidates, rows, state.candidates_end)
         held = candidates.held if state.policy.per_head else candidates.held[:1]
-        num_held = held.sum(1, keepdim=True)
         sums = None
         if state.policy.keeps_sums:
             assert rows.sums is not None
             sums = candidates.by_position(rows.sums)
+        num_kept = held.sum(1, keepdim=True) - num_secondary
+        ranked = self._attention(task, candidates, attention)
+        scores = self._scores(task, ranked, sums, held, num_kept)
+        return candidates.by_slot(scores)
+
+    def _attention(
+        self, task: Task, candidates: Candidates, attention: torch.Tensor
+    ) -> torch.Tensor:
+        """[num_groups, num_candidates] attention, over heads or for each KV head."""
+        state = task.state
+        if state.policy.per_head:
+            return candidates.by_position(self._by_kv_head(attention))
+        if candidates.num_rankings == 1:
+            ranked = candidates.by_position(self._reduce(state, attention, 0))
+        else:
+            by_head = attention.unflatten(0, (self.cache.num_kv_heads, -1))
+            by_kv_head = self._reduce(state, by_head, 1).squeeze(1)
+            ranked = self._reduce(state, candidates.by_position(by_kv_head), 0)
+        if state.plan.config.refresh_all_ranks:
+            return self._over_ranks(task, ranked)
+        return ranked
+
+    def _select(self, task: Task, rows: LayerRows, mask: torch.Tensor) -> None:
+        """Let `mask` be core, and remember it if somebody asked for that."""
+        state = task.state
+        mask = mask.expand(len(rows.positions), -1).contiguous()
+        self.cache.set_core(task, self.index, rows, mask)
+        state.masks(mask.shape[1])
+        if state.plan.config.introspection:
+            rows.note_core(task.num_tokens, state.plan.num_full_tokens)
+
+    def _evict_text(self, task: Task) -> None:
+        """Evict whole blocks' worth of aged text."""
+        state, plan = task.state, task.state.plan
+        assert plan.text_window is not None
+        rows = state.layers[self.index]
+        rows.extend(task.num_tokens)
+        mask = rows.mask()
+        ages = state.ages(rows.positions)
+        leaving = find_aged(
+            rows,
+            ages if mask is None else ages & mask,
+            plan.text_window,
+            plan.num_text_tokens(task.num_tokens),
+            task.num_aged,
+        )
+        moves = close_ranks(rows, leaving, task.num_aged)
+        self.cache.copy(task.stored, moves.source, task.stored, moves.target)
+        if mask is not None:
+            moved = move_mask(mask, moves, task.num_aged)
+            self._select(task, rows, moved)
+
+    # Scores.
+
+    def _scores(
+        self,
+        task: Task,
+        attention: torch.Tensor,
+        sums: torch.Tensor | None,
+        held: torch.Tensor,
+        num_kept: int | torch.Tensor,
+    ) -> torch.Tensor:
+        """[num_groups, num_candidates] scores of the request's policy."""
+        state = task.state
+        if isinstance(num_kept, int):
+            num_kept = torch.full((len(held), 1), num_kept, device=held.device)
         view = TokenView(
-            positions=candidates.positions,
-            attention=self._attention(task, candidates, probabilities),
+            positions=state.candidates,
+            attention=attention,
             sums=sums,
             held=held,
-            num_kept=num_held - num_evicted,
+            num_kept=num_kept,
             num_scoring_rows=state.plan.num_scoring_rows,
             layer=self.index,
             num_computed=task.num_tokens,
             memo=state.memo,
         )
-        scores = core_scores = None
-        if num_evicted:
-            scores = state.policy.score(view)
-        if num_secondary:
-            of_core = replace(view, num_kept=view.num_kept - num_secondary)
-            core_scores = state.policy.score(of_core)
-        return candidates.label(scores, num_evicted, core_scores, num_secondary)
+        return state.policy.score(view)
 
-    def _attention(
-        self, task: Task, candidates: Candidates, probabilities: torch.Tensor
+    def _reduce(
+        self, state: RequestState, attention: torch.Tensor, dim: int
     ) -> torch.Tensor:
-        """[num_groups, num_candidates] attention, over heads or for each KV head."""
-        config = task.state.plan.config
-        if task.state.policy.per_head:
-            return candidates.by_position(self._by_kv_head(probabilities))
-        reduce = torch.amax if config.head_reduction == "max" else torch.sum
-        if candidates.num_rankings == 1:
-            attention = candidates.by_position(reduce(probabilities, 0, keepdim=True))
-        else:
-            by_kv_head = reduce(
-                probabilities.unflatten(0, (self.cache.num_kv_heads, -1)), 1
-            )
-            attention = reduce(candidates.by_position(by_kv_head), 0, keepdim=True)
-        if task.compacts or config.refresh_all_ranks:
-            return self.ranks.reduce(attention, config.head_reduction)
-        return attention
+        """Add heads up, or take the most of them, and keep the dimension."""
+        most = state.plan.config.head_reduction == "max"
+        return (torch.amax if most else torch.sum)(attention, dim, keepdim=True)
 
-    def _by_kv_head(self, probabilities: torch.Tensor) -> torch.Tensor:
+    def _over_ranks(self, task: Task, attention: torch.Tensor) -> torch.Tensor:
+        return self.ranks.reduce(attention, task.state.plan.config.head_reduction)
+
+    def _by_kv_head(self, attention: torch.Tensor) -> torch.Tensor:
         """[num_kv_heads, num_slots]: query heads of a group added."""
-        return probabilities.unflatten(0, (self.cache.num_kv_heads, -1)).sum(1)
-
-    @property
-    def _listing(self) -> ListingCache:
-        return cast(ListingCache, self.cache)
-
-    def _list_core(self, task: Task, rows: LayerRows, in_core: torch.Tensor) -> None:
-        """Let core be the rows of full prompt blocks where `in_core` is True."""
-        plan = task.state.plan
-        rows.listed = in_core[: plan.num_full_tokens - rows.start].contiguous()
-        size = plan.num_core_blocks * plan.block_size
-        blocks = task.blocks[rows.start // self.cache.block_size :]
-        self._listing.list_core(blocks, rows.listed, size, rows.start)
+        return attention.unflatten(0, (self.cache.num_kv_heads, -1)).sum(1)
 
     def _count_turnover(
-        self, state: RequestState, rows: LayerRows, num_entered: int | torch.Tensor
+        self, state: RequestState, rows: LayerRows, num_entered: torch.Tensor
     ) -> None:
         """Count what a refresh selected, and how much of it had not been core."""
-        plan = state.plan
-        num_selected = plan.num_core_blocks * plan.block_size
-        if not state.policy.ranks_text:
-            num_selected = plan.num_core_vision
+        num_selected = int(state.seats.records["num_selected"][state.seat])
         state.counts.count(
             key("core_rows_selected"), num_selected * len(rows.positions)
         )
         state.counts.count(key("core_rows_entered"), num_entered)
-
-    def _note_core(self, task: Task, rows: LayerRows) -> None:
-        """Remember what ordinary steps read from now on, if somebody asked for it."""
-        state, plan = task.state, task.state.plan
-        if not (plan.config.introspection and plan.has_core):
-            return
-        read = rows.positions[:, self._num_secondary(state) :]
-        if rows.listed is not None:
-            read = rows.positions[:, : len(rows.listed)][:, rows.listed]
-        rows.history.note(task.num_tokens, read, plan.num_full_tokens)
-
-    def _num_secondary(self, state: RequestState) -> int:
-        plan = state.plan
-        return (plan.num_stored_blocks - plan.num_core_blocks) * plan.block_size
-
-    def _place(
-        self, task: Task, rows: LayerRows, labels: torch.Tensor, start: int
-    ) -> int | torch.Tensor:
-        """Let rows be evicted, stored and read as they are labelled.
-
-        Args:
-            task: of the request.
-            rows: what is stored; updated.
-            labels: [num_rankings, num_slots].
-            start: first slot, in tokens of the request, that stays stored.
-
-        Returns:
-            how many rows entered core in exchange for others; on a device a scalar that
-            stays there, as nobody waits for it here.
-        """
-        state = task.state
-        if not state.lists_core:
-            core_start = start + self._num_secondary(state)
-            return self._move(task, rows, labels, start, core_start)
-        by_position = torch.zeros(rows.end, dtype=torch.bool, device=labels.device)
-        by_position[rows.positions[0]] = labels[0] == CORE
-        if start > rows.start:
-            stored = labels.masked_fill(labels == SECONDARY, CORE)
-            self._move(task, rows, stored, start, start)
-        before = rows.listed
-        self._list_core(task, rows, by_position[rows.positions[0]])
-        return 0 if before is None else (rows.listed & ~before).sum()
-
-    def _move(
-        self,
-        task: Task,
-        rows: LayerRows,
-        labels: torch.Tensor,
-        start: int,
-        core_start: int,
-    ) -> int | torch.Tensor:
-        """Move rows to where they belong; return how many were exchanged."""
-        padded = self.cache.pads_moves
-        num_exchanged: int | torch.Tensor = 0
-        for moves in rearrange(rows, labels, start, core_start, padded=padded):
-            self.cache.move(task.blocks, moves)
-            if moves.exchange:
-                num_exchanged += (
-                    (moves.source >= 0).sum() if padded else len(moves.source)
-                )
-        return num_exchanged

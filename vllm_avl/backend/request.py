@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,36 +12,89 @@ from typing import Any
 
 import torch
 
-from vllm_avl.backend.rows import KernelRows, LayerRows
+from vllm_avl.backend.rows import LayerRows
+from vllm_avl.backend.seats import NEVER, SeatTable
 from vllm_avl.metrics.counts import Counts
 from vllm_avl.metrics.definitions import Stage, key
-from vllm_avl.plan import Plan
+from vllm_avl.plan import Compaction, Plan
 from vllm_avl.policies import POLICIES, Policy
+
+LONGEST = 1 << 40
+"""No request has as many tokens."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What the kernels of a worker's device can do with core."""
+
+    attend_scored: bool = False
+    """Whether they attend every decode row that scores, not those with core alone."""
+    choose_core: bool = False
+    """Whether they choose core in the pass that scores."""
+    num_lists: int = 0
+    """Lists of core that full graphs read: none, 1, or one a KV head."""
 
 
 @dataclass
 class RequestState:
     """One adaptive request on this worker."""
 
-    plan: Plan
-    device: str | torch.device = "cpu"
-    """Of the cache."""
+    compaction: Compaction
+    seats: SeatTable
     counts: Counts = field(default_factory=Counts)
     """The worker's."""
-    gather_below: int = 0
-    """Refresh interval from which on the executor `auto` packs."""
-    has_ranking_kernels: bool = False
-    """Whether the worker's device ranks rows in kernels of ours."""
+    kernels: Kernels = field(default_factory=Kernels)
     layers: dict[int, LayerRows] = field(default_factory=dict)
     """Stored rows by layer index; empty where nobody asks for them again."""
-    kernel_rows: dict[int, KernelRows] = field(default_factory=dict)
-    """The same where kernels keep them."""
-    num_tokens: int = 0
-    """Length after the last step."""
-    num_refreshes: int = 0
-    running: bool = True
     memo: dict[str, Any] = field(default_factory=dict)
     """Shared by the layers, for the policy."""
+    running: bool = True
+    _ended: tuple[int, int] = 0, 0
+
+    def __post_init__(self) -> None:
+        self.seat = self.seats.take()
+        plan, records = self.plan, self.seats.records
+        self.seats.set_private(self.seat, self.compaction.block_ids)
+        records["num_prompt"][self.seat] = plan.num_prompt_tokens
+        records["first_block"][self.seat] = plan.first_stored_block
+        if plan.has_core or plan.text_window is not None:
+            interval = max(plan.config.core_refresh_interval, 1)
+            records["interval"][self.seat] = interval
+        records["is_scored"][self.seat] = self.keeps_sums or self.refreshes_core
+        records["has_core"][self.seat] = plan.has_core
+        records["in_pass"][self.seat] = self.core_in_pass
+        num_rankings = 2 if self.splits_heads else 1
+        fits = self.kernels.num_lists >= num_rankings
+        records["in_graph"][self.seat] = fits or not plan.has_core
+        selected = (
+            plan.num_core_rows if self.policy.ranks_text else plan.num_core_vision
+        )
+        records["num_selected"][self.seat] = selected
+        self.plan_aging(0)
+
+    @property
+    def plan(self) -> Plan:
+        """What becomes of it."""
+        return self.compaction.plan
+
+    @property
+    def device(self) -> torch.device:
+        """Of the cache."""
+        return self.seats.private.device
+
+    @property
+    def num_tokens(self) -> int:
+        """Length after the last step."""
+        if self.running:
+            return int(self.seats.records["num_tokens"][self.seat])
+        return self._ended[0]
+
+    @property
+    def num_refreshes(self) -> int:
+        """Steps that scored what is stored."""
+        if self.running:
+            return int(self.seats.records["num_refreshes"][self.seat])
+        return self._ended[1]
 
     @property
     def policy(self) -> Policy:
@@ -49,7 +103,7 @@ class RequestState:
 
     @property
     def remembers_rows(self) -> bool:
-        """Whether positions are kept after compaction."""
+        """Whether positions are kept after the prompt's end."""
         plan = self.plan
         return (
             plan.has_core
@@ -57,36 +111,10 @@ class RequestState:
             or plan.config.introspection > 0
         )
 
-    @cached_property
-    def lists_core(self) -> bool:
-        """Whether core is a list, and no row changes places for it.
-
-        Lists are for one ranking a layer that changes; others are packed.
-        """
-        plan = self.plan
-        gathers = plan.config.executor == "gather"
-        if plan.config.executor == "auto":
-            gathers = plan.config.core_refresh_interval < self.gather_below
-        return (
-            gathers
-            and plan.config.head_reduction == "mean"
-            and plan.has_core
-            and plan.text_window is None
-            and self.policy.refreshes
-            and not self.policy.per_head
-        )
-
-    @cached_property
-    def ranks_in_kernels(self) -> bool:
-        """Whether kernels choose its rows, without a policy's tensors."""
-        plan = self.plan
-        return (
-            self.has_ranking_kernels
-            and self.policy.ranks_attention
-            and plan.text_window is None
-            and plan.config.introspection == 0
-            and (self.lists_core or not plan.has_core)
-        )
+    @property
+    def splits_heads(self) -> bool:
+        """Whether KV heads store different tokens."""
+        return self.policy.per_head or self.plan.text_window is not None
 
     @property
     def keeps_sums(self) -> bool:
@@ -95,21 +123,58 @@ class RequestState:
             return True
         return self.policy.keeps_sums and self.plan.has_core
 
+    @property
+    def refreshes_core(self) -> bool:
+        """Whether core is selected anew during the answer."""
+        return self.plan.has_core and self.policy.refreshes
+
+    @cached_property
+    def core_in_pass(self) -> bool:
+        """Whether kernels choose core in the pass that scores, without Python."""
+        config = self.plan.config
+        return (
+            self.kernels.choose_core
+            and self.refreshes_core
+            and self.policy.ranks_attention
+            and not self.splits_heads
+            and config.head_reduction == "mean"
+            and not config.refresh_all_ranks
+        )
+
     @cached_property
     def candidates(self) -> torch.Tensor:
         """[num_candidates] positions that the policy ranks, ascending, int64."""
         plan = self.plan
         if self.policy.ranks_text:
             return torch.arange(plan.num_full_tokens, device=self.device)
-        return _positions(plan.ranked_ranges).to(self.device)
+        return _positions(plan.ranked_ranges).to(self.device, non_blocking=True)
+
+    @cached_property
+    def fixed(self) -> torch.Tensor:
+        """[num_fixed] other positions of the full prompt blocks, ascending, int64."""
+        plan = self.plan
+        if self.policy.ranks_text:
+            return torch.empty(0, dtype=torch.int64, device=self.device)
+        ends = [0, *(bound for pair in plan.ranked_ranges for bound in pair)]
+        gaps = [*ends, plan.num_full_tokens]
+        ranges = tuple(zip(gaps[::2], gaps[1::2], strict=True))
+        return _positions(ranges).to(self.device, non_blocking=True)
 
     @cached_property
     def competes(self) -> torch.Tensor:
-        """[num_full_tokens], True where the policy ranks a token."""
-        competes = torch.zeros(self.plan.num_full_tokens, dtype=torch.bool)
-        for start, end in self.plan.ranked_ranges:
-            competes[start:end] = True
-        return competes.to(self.device, non_blocking=True)
+        """[num_full_tokens + 1], True where the policy ranks a token.
+
+        The last one stands for all that lies behind the full blocks.
+        """
+        competes = torch.zeros(self.plan.num_full_tokens + 1, dtype=torch.bool)
+        return competes.to(self.device).index_fill_(0, self.candidates, True)
+
+    @property
+    def num_candidates(self) -> int:
+        """Positions that the policy ranks."""
+        plan = self.plan
+        full = plan.num_full_tokens
+        return full if self.policy.ranks_text else plan.num_vision_tokens
 
     @property
     def candidates_end(self) -> int:
@@ -128,21 +193,50 @@ class RequestState:
         ages[: plan.vision_ranges[0][0]] = False
         return ages.to(self.device)
 
+    def ages(self, positions: torch.Tensor) -> torch.Tensor:
+        """Where `positions` are of tokens that may leave the text window."""
+        last = self.plan.num_prompt_tokens - 1
+        return (positions > last) | self._ages[positions.clamp(max=last)]
+
+    def masks(self, num_slots: int) -> None:
+        """Say how many of the first stored slots core is chosen of."""
+        records, seat = self.seats.records, self.seat
+        records["num_masked"][seat] = num_slots
+        records["num_listed"][seat] = num_slots - self.plan.num_secondary_rows
+        records["mask_stride"][seat] = num_slots if self.splits_heads else 0
+
+    def plan_aging(self, num_tokens: int) -> None:
+        """Note what has aged at a length, and at which length text leaves next."""
+        plan, records, seat = self.plan, self.seats.records, self.seat
+        if plan.text_window is None:
+            records["next_aging"][seat] = NEVER
+            return
+        gone = 0
+        if num_tokens:
+            gone = plan.num_evicted_text_blocks(num_tokens)
+            self.seats.set_private(seat, self.compaction.block_ids[gone:])
+            records["first_block"][seat] = plan.num_freed_blocks(num_tokens)
+        lengths = range(LONGEST)
+        least = max(num_tokens, plan.num_prompt_tokens)
+        records["next_aging"][seat] = bisect_left(
+            lengths, gone + 1, lo=least, key=plan.num_evicted_text_blocks
+        )
+
+    def note_core(self, num_tokens: int) -> None:
+        """Remember what ordinary steps read from now on, if somebody asked for it."""
+        if self.plan.config.introspection:
+            for rows in self.layers.values():
+                rows.note_core(num_tokens, self.plan.num_full_tokens)
+
     def finish(self) -> None:
-        """Keep what a report needs, and no more."""
+        """Give up the seat, and keep what a report needs."""
+        self._ended = self.num_tokens, self.num_refreshes
         self.running = False
         self.memo.clear()
-        for rows in self.layers.values():
-            rows.sums = None
-            rows.positions = rows.positions.to(torch.int32)
         self.__dict__.pop("_ages", None)
-
-    def record(self, num_tokens: int, scores: bool) -> None:
-        """Note what a step does."""
-        self.num_tokens = num_tokens
-        self.num_refreshes += scores
-        if scores and self.plan.has_core:
-            self.counts.count(key("refreshes"))
+        for rows in self.layers.values():
+            rows.settle()
+        self.seats.free(self.seat)
 
     @contextmanager
     def timed(self, stage: Stage) -> Iterator[None]:
@@ -151,117 +245,36 @@ class RequestState:
         yield
         self.counts.count(key("seconds", stage), perf_counter() - start)
 
-    def ages(self, positions: torch.Tensor) -> torch.Tensor:
-        """Where `positions` are of tokens that may leave the text window."""
-        last = self.plan.num_prompt_tokens - 1
-        return (positions > last) | self._ages[positions.clamp(max=last)]
-
 
 @dataclass(frozen=True)
-class Turn:
-    """What one step computes of an adaptive request, and what that asks for."""
+class Task:
+    """What Python has to do for one request in a step, layer by layer."""
 
     state: RequestState
-    num_computed: int
-    """Tokens computed before the step."""
+    query_end: int
+    """Index behind the request's last token in the step."""
     num_tokens: int
-    """Tokens computed after it."""
+    """Length after the step."""
+    stored: torch.Tensor
+    """[num_blocks] int32, as the kernel counts blocks: [private | partial block |
+    answer] as it lies behind the step."""
+    start: int
+    """Tokens in front of the first stored slot."""
+    scores: bool
+    """Whether this step of the answer scores what is stored."""
+    attended: bool
+    """Whether our kernel attends the row, and leaves what it has seen."""
+    num_aged: int
+    """Text rows that leave the window behind this step, for each KV head."""
+    prompt: torch.Tensor | None = None
+    """[num_blocks] int32, where the prompt lies, in the step that ends it."""
+    num_private: int = 0
+    """Blocks at the head of `stored` that kept rows go to at the prompt's end."""
 
     @property
-    def num_new(self) -> int:
-        """Tokens of the step."""
-        return self.num_tokens - self.num_computed
-
-    @property
-    def is_prefix(self) -> bool:
-        """Whether the prompt goes on behind the step."""
-        return self.num_tokens < self.state.plan.num_prompt_tokens
-
-    @cached_property
-    def compacts(self) -> bool:
-        """Whether the prompt ends in this step."""
-        return self.num_computed < self.state.plan.num_prompt_tokens <= self.num_tokens
-
-    @cached_property
-    def reads_all(self) -> bool:
-        """Whether the step reads what is stored, not core and text alone."""
-        plan = self.state.plan
-        return not plan.has_core or plan.refreshes(self.num_computed, self.num_new)
-
-    @cached_property
-    def first_read_token(self) -> int:
-        """First slot that attention reads, a multiple of the block size."""
-        plan = self.state.plan
-        if self.reads_all or self.state.lists_core:
-            return plan.num_freed_blocks(self.num_computed) * plan.block_size
-        return plan.first_core_block(self.num_computed) * plan.block_size
-
-    @cached_property
-    def scores(self) -> bool:
-        """Whether a step of the answer scores what it reads."""
-        state = self.state
-        return (
-            self.num_computed >= state.plan.num_prompt_tokens
-            and (state.keeps_sums or (state.plan.has_core and state.policy.refreshes))
-            and state.plan.refreshes(self.num_computed, self.num_new)
-        )
-
-    @property
-    def gathers(self) -> bool:
-        """Whether our kernel attends: a decode row whose core is a list."""
-        answers = not self.is_prefix and not self.compacts
-        return answers and self.num_new == 1 and self.state.lists_core
-
-    @property
-    def chooses_in_pass(self) -> bool:
-        """Whether kernels of the pass itself choose core anew."""
-        return (
-            self.scores
-            and self.gathers
-            and self.state.ranks_in_kernels
-            and not self.state.plan.config.refresh_all_ranks
-        )
-
-    @cached_property
-    def num_aged(self) -> int:
-        """Text rows that leave the window in this step, for each KV head."""
-        plan = self.state.plan
-        if self.is_prefix:
-            return 0
-        before = 0
-        if not self.compacts:
-            before = plan.num_evicted_text_blocks(self.num_computed)
-        after = plan.num_evicted_text_blocks(self.num_tokens)
-        return (after - before) * plan.block_size
-
-    @cached_property
-    def has_work(self) -> bool:
-        """Whether Python has anything to do for it after the layers' attention."""
-        scores = self.scores and not self.chooses_in_pass
-        return self.compacts or scores or self.num_aged > 0
-
-
-@dataclass(frozen=True)
-class Task(Turn):
-    """A turn that has work for every layer, and where the request lies in the step."""
-
-    query_start: int
-    """Index of the request's first token in the step."""
-    block_ids: torch.Tensor
-    """[cdiv(num_tokens, block_size)] int32, a row of the step's table. Those in front
-    of the stored ones belong to others."""
-    scores_while_attending: bool
-    """Whether our kernel attends and scores in one pass, in place of vLLM's."""
-
-    @property
-    def query_end(self) -> int:
-        """Index behind the request's last token in the step."""
-        return self.query_start + self.num_new
-
-    @cached_property
-    def blocks(self) -> torch.Tensor:
-        """`block_ids` as int64, which indexing takes."""
-        return self.block_ids.to(torch.int64)
+    def last(self) -> int:
+        """Index of the request's last token in the step."""
+        return self.query_end - 1
 
 
 def _positions(ranges: tuple[tuple[int, int], ...]) -> torch.Tensor:

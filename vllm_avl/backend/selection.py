@@ -6,14 +6,14 @@ position wins whatever slot it lies in.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from vllm_avl.backend.rows import CORE, EVICTED, SECONDARY, LayerRows
-from vllm_avl.plan import TextWindow
+from vllm_avl.backend.rows import LayerRows
 
 
 class Candidates:
-    """The tokens that compete in one layer of one request, by position."""
+    """The tokens that compete for core in one layer of one request, by position."""
 
     def __init__(self, positions: torch.Tensor, rows: LayerRows, end: int) -> None:
         """Look up which tokens `rows` still hold.
@@ -48,88 +48,106 @@ class Candidates:
         dense = values.new_zeros(heads, self._end + 1).scatter_(1, index, values)
         return dense[:, self.positions]
 
-    def label(
-        self,
-        scores: torch.Tensor | None,
-        num_evicted: int,
-        core_scores: torch.Tensor | None,
-        num_secondary: int,
-    ) -> torch.Tensor:
-        """Label every row: the worst candidates EVICTED, the next worst SECONDARY.
-
-        Everything else is CORE, and so is what does not compete.
+    def by_slot(self, scores: torch.Tensor) -> torch.Tensor:
+        """Bring scores back into the order of slots.
 
         Args:
-            scores: [1, num_candidates], or [num_rankings, num_candidates]; None where
-                none goes.
-            num_evicted: candidates that go, for each ranking.
-            core_scores: as `scores`, for those that stay; None where all are core.
-            num_secondary: candidates outside of core, for each ranking.
+            scores: [1, num_candidates], or [num_rankings, num_candidates].
 
         Returns:
-            [num_rankings, num_slots] labels.
+            [num_rankings, num_slots]; infinite where a slot does not compete.
         """
-        given = scores if scores is not None else core_scores
-        assert given is not None, "nothing to rank"
-        held = self.held[: len(given)]
-        ranked = torch.full_like(held, CORE, dtype=torch.int64)
-        if scores is not None:
-            evicted = _worst(scores, held, num_evicted)
-            ranked.masked_fill_(evicted, EVICTED)
-            held = held & ~evicted
-        if core_scores is not None:
-            secondary = _worst(core_scores, held, num_secondary)
-            ranked.masked_fill_(secondary, SECONDARY)
-        dense = ranked.new_full((len(given), self._end + 1), CORE)
-        dense[:, self.positions] = ranked
+        dense = scores.new_full((len(scores), self._end + 1), torch.inf)
+        dense[:, self.positions] = scores
         return dense.expand(len(self._index), -1).gather(1, self._index)
 
 
-def _worst(scores: torch.Tensor, held: torch.Tensor, count: int) -> torch.Tensor:
-    """Mark the `count` lowest of the held in each row; of equals, the last ones.
-
-    Scores that are no numbers are the lowest: a request whose attention overflows
-    must not take another's rows, nor its own evicted ones.
-    """
-    lowest = torch.finfo(scores.dtype).min
-    scores = scores.nan_to_num(nan=lowest).masked_fill(~held, torch.inf)
-    # From the last position on, so that a stable sort puts later equals first.
-    order = torch.sort(scores.flip(1), dim=1, stable=True).indices[:, :count]
-    last = scores.shape[1] - 1
-    return torch.zeros_like(held).scatter_(1, last - order, True)
-
-
-def label_aged_text(
-    rows: LayerRows,
-    labels: torch.Tensor,
-    is_text: torch.Tensor,
-    window: TextWindow,
-    num_text: int,
-    num_evicted: int,
+def best_slots(
+    scores: torch.Tensor, positions: torch.Tensor, competes: torch.Tensor, count: int
 ) -> torch.Tensor:
-    """Label the rows that leave the text window EVICTED, for every KV head.
+    """Mark all slots but the `count` worst of those that compete, in each ranking.
 
-    Recent tokens never leave. Tokens that have not been scored yet leave after all
-    that have been, the oldest first.
+    Of equals those at the highest positions are the worst. Waits for no device.
 
     Args:
-        rows: the layer's rows, with sums.
-        labels: [num_kv_heads, num_slots] labels before.
-        is_text: [num_kv_heads, num_slots], True where a row counts as text.
-        window: of the request's plan.
-        num_text: text tokens of the sequence, evicted or not.
-        num_evicted: rows to label, for each KV head.
+        scores: [num_rankings, num_slots] fp32.
+        positions: as scores, int64.
+        competes: as scores, bool.
+        count: slots that are not marked.
     """
-    assert rows.sums is not None
-    positions = torch.where(is_text, rows.positions, -1)
-    newest_first = torch.sort(positions, dim=1, descending=True, stable=True).indices
-    sums = rows.sums
-    # Behind every sum, in doubles that tell neighbouring positions apart.
-    priority = torch.where(sums.isnan(), 1e12 + rows.positions.double(), sums.double())
-    priority = priority.masked_fill(~is_text, torch.inf)
-    num_recent = window.num_recent(num_text)
-    priority.scatter_(1, newest_first[:, :num_recent], torch.inf)
-    # Of equal sums the lower position stays: look at the newest first.
-    order = torch.sort(priority.gather(1, newest_first), dim=1, stable=True).indices
-    leaving = newest_first.gather(1, order[:, :num_evicted])
-    return labels.scatter(1, leaving, EVICTED)
+    # From the last position on, so that a stable sort puts later equals first.
+    last_first = torch.sort(positions, dim=1, descending=True, stable=True).indices
+    scores = _numbers(scores).masked_fill(~competes, torch.inf).gather(1, last_first)
+    order = torch.sort(scores, dim=1, stable=True).indices[:, :count]
+    worst = last_first.gather(1, order)
+    return torch.ones_like(competes).scatter_(1, worst, False)
+
+
+def best_slots_on_cpu(
+    scores: torch.Tensor, positions: torch.Tensor, competes: torch.Tensor, count: int
+) -> torch.Tensor:
+    """As `best_slots`, without sorting."""
+    if not count:
+        return torch.ones_like(competes)
+    # NumPy, because a call of torch costs more than its work on so little data.
+    numbers = np.where(competes.numpy(), _numbers(scores).numpy(), np.inf)
+    most = np.partition(numbers, count - 1, axis=1)[:, count - 1, None]
+    worst, equal = numbers < most, numbers == most
+    lacking = count - worst.sum(1)
+    for ranking in np.flatnonzero(equal.sum(1) != lacking).tolist():
+        slots = np.flatnonzero(equal[ranking])
+        order = np.argsort(-positions[ranking].numpy()[slots])
+        equal[ranking] = False
+        equal[ranking, slots[order[: lacking[ranking]]]] = True
+    return torch.from_numpy(~(worst | equal))
+
+
+def rank(
+    scores: torch.Tensor, core_scores: torch.Tensor, num_stored: int, num_core: int
+) -> torch.Tensor:
+    """Order the tokens that stay, on a CPU; of equals, the lower position is better.
+
+    Args:
+        scores: [num_rankings, num_candidates], which of them stay.
+        core_scores: as scores, their order among those.
+        num_stored: how many stay.
+        num_core: how many of those are core.
+
+    Returns:
+        [num_rankings, num_stored] candidates, int64: the best first where there is
+        core, which then lies in blocks of its own until refreshes scatter it;
+        ascending where there is none.
+    """
+    if core_scores is scores and num_core < num_stored:
+        return _best_first(scores)[:, :num_stored]
+    stored = _best(scores, num_stored)
+    if num_core == num_stored:
+        return stored
+    return stored.gather(1, _best_first(core_scores.gather(1, stored)))
+
+
+def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """[num_rankings, count] candidates with the highest scores, ascending."""
+    numbers = _numbers(scores).numpy()
+    if not count:
+        return torch.empty(len(scores), 0, dtype=torch.int64)
+    least = np.partition(numbers, -count, axis=1)[:, -count, None]
+    best = numbers >= least
+    if np.count_nonzero(best) > count * len(best):
+        above, equal = numbers > least, numbers == least
+        lacking = count - above.sum(1, keepdims=True)
+        best = above | (equal & (equal.cumsum(1) <= lacking))
+    return torch.from_numpy(np.nonzero(best)[1].reshape(-1, count))
+
+
+def _best_first(scores: torch.Tensor) -> torch.Tensor:
+    return torch.sort(_numbers(scores), dim=1, descending=True, stable=True).indices
+
+
+def _numbers(scores: torch.Tensor) -> torch.Tensor:
+    """Let scores that are no numbers be the lowest, and infinite ones finite.
+
+    A request whose attention overflows must not take another's rows, nor its own
+    evicted ones; what is protected goes before what does not compete.
+    """
+    return scores.nan_to_num(nan=torch.finfo(scores.dtype).min)

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from vllm_avl.backend.rows import Moves
-from vllm_avl.kernels.gpu.compact_blocks import compact_blocks
-from vllm_avl.kernels.gpu.exchange_rows import exchange_rows
+from vllm_avl.backend.core_lists import CoreLists
+from vllm_avl.backend.request import RequestState, Task
+from vllm_avl.backend.rows import LayerRows, Mask
+from vllm_avl.backend.selection import best_slots
+from vllm_avl.kernels.gpu.copy_rows import copy_rows
+from vllm_avl.kernels.gpu.rank_rows import rank_rows
 from vllm_avl.kernels.gpu.vision_scores import vision_scores
+
+
+@dataclass(frozen=True)
+class ListedCore:
+    """Core as kernels keep it: at the rows of the pool where a request's slots lie."""
+
+    row_tokens: torch.Tensor
+    """[num_rows] int32 of the pool, see `kernels.gpu.select_core`."""
+    rows: torch.Tensor
+    """[num_slots] the request's, int64."""
+
+    def mask(self) -> torch.Tensor:
+        """[1, num_slots] bool."""
+        tokens = self.row_tokens[self.rows].unsqueeze(0)
+        return (tokens < 0) | (tokens & 1 == 1)
 
 
 @dataclass(frozen=True)
@@ -23,11 +43,9 @@ class TritonCache:
     head_size: int
     scale: float
     soft_cap: float
-    core_list: torch.Tensor | None = None
-    """[1, num_blocks · block_size] int32, see `kernels.gpu.selected_attention`; None
-    where core is packed."""
-    read_scores: torch.Tensor | None = None
-    """[num_kv_heads, num_blocks · block_size] fp32, attention that the step paid."""
+    layer_name: str = ""
+    lists_of: Callable[[RequestState], CoreLists] | None = None
+    """Which lists a request's core is in; None where there are none."""
 
     @property
     def num_kv_heads(self) -> int:
@@ -38,11 +56,6 @@ class TritonCache:
     def block_size(self) -> int:
         """Rows a block holds."""
         return self.kv_cache.shape[2]
-
-    @property
-    def pads_moves(self) -> bool:
-        """Return True: whoever counts them waits for all work before."""
-        return True
 
     @cached_property
     def keys(self) -> torch.Tensor:
@@ -57,34 +70,90 @@ class TritonCache:
     def scores(
         self, query: torch.Tensor, blocks: torch.Tensor, num_tokens: int
     ) -> torch.Tensor:
-        """As `kernels.attention_scores`."""
+        """As `kernels.gpu.vision_scores`."""
         return vision_scores(
             query, self.keys, blocks, num_tokens, self.scale, self.soft_cap
         )
 
-    def probabilities(
-        self, _token: int, blocks: torch.Tensor, num_slots: int
+    def seen(self, task: Task, num_slots: int) -> torch.Tensor:
+        """[num_heads or num_kv_heads, num_slots] attention of a row of our kernel's."""
+        assert self.lists_of is not None
+        lists = self.lists_of(task.state)
+        if task.state.plan.config.head_reduction == "max":
+            # The kernel has added the heads of a group up: see what each of them paid.
+            rows = self._rows(task.stored, task.num_tokens - task.start)
+            logits = lists.logits[:, rows] * math.log(2)
+            return logits.softmax(1)[:, :num_slots]
+        return lists.scores[:, self._rows(task.stored, num_slots)]
+
+    def rank(
+        self,
+        scores: torch.Tensor,
+        core_scores: torch.Tensor,
+        num_stored: int,
+        num_core: int,
     ) -> torch.Tensor:
-        """[num_kv_heads, num_slots] attention that the step paid to a request."""
-        assert self.read_scores is not None
-        return self.read_scores[:, self.rows(blocks, num_slots)]
+        """As `kernels.gpu.rank_rows`."""
+        return rank_rows(scores, core_scores, num_stored, num_core)
 
-    def list_core(
-        self, blocks: torch.Tensor, in_core: torch.Tensor, size: int, start: int
+    def best(
+        self,
+        scores: torch.Tensor,
+        positions: torch.Tensor,
+        competes: torch.Tensor,
+        num_others: int,
+    ) -> torch.Tensor:
+        """As `backend.selection.best_slots`."""
+        return best_slots(scores, positions, competes, num_others)
+
+    def copy(
+        self,
+        source_blocks: torch.Tensor,
+        source: torch.Tensor,
+        target_blocks: torch.Tensor,
+        target: torch.Tensor | None = None,
+        *,
+        in_place: bool = False,
     ) -> None:
-        """Put the slots of core where the request's first stored rows lie."""
-        assert self.core_list is not None
-        slots = torch.nonzero_static(in_core, size=size).flatten() + start
-        self.core_list[0, self.rows(blocks, size)] = slots.to(torch.int32)
+        """As `kernels.gpu.copy_rows`."""
+        blocks = source_blocks, source.contiguous(), target_blocks
+        slots = None if target is None else target.contiguous()
+        copy_rows(self.kv_cache, *blocks, slots, in_place=in_place)
 
-    def rows(self, blocks: torch.Tensor, num_slots: int) -> torch.Tensor:
+    def set_core(
+        self, task: Task, layer: int, rows: LayerRows, mask: torch.Tensor
+    ) -> None:
+        """List core where the kernel reads it."""
+        assert self.lists_of is not None
+        state = task.state
+        lists = self.lists_of(state)
+        size = mask.shape[1] - state.plan.num_secondary_rows
+        first = (rows.start - task.start) // self.block_size
+        places = self._rows(task.stored[first:], mask.shape[1])
+        # True first, both in order: nobody waits for how many there are.
+        slots = torch.sort(mask, dim=1, descending=True, stable=True).indices[:, :size]
+        core_list = lists.core_list[self.layer_name]
+        core_list[:, places[:size]] = slots.to(torch.int32)
+        rows.core = Mask(mask)
+        if state.core_in_pass:
+            row_tokens = lists.row_tokens[self.layer_name]
+            row_tokens[places] = _tokens(state, rows.positions[0], mask[0])
+            rows.core = ListedCore(row_tokens, places)
+
+    def _rows(self, blocks: torch.Tensor, num_slots: int) -> torch.Tensor:
         """[num_slots] rows of the cache where the first slots of blocks lie, int64."""
         in_block = torch.arange(self.block_size, device=blocks.device)
-        rows = blocks.unsqueeze(1) * self.block_size + in_block
+        rows = blocks.to(torch.int64).unsqueeze(1) * self.block_size + in_block
         return rows.flatten()[:num_slots]
 
-    def move(self, blocks: torch.Tensor, moves: Moves) -> None:
-        """Move rows of a request whose block ids are `blocks`."""
-        pairs = blocks, moves.source, moves.target, moves.heads
-        move = exchange_rows if moves.exchange else compact_blocks
-        move(self.keys, self.values, *pairs)
+
+def _tokens(
+    state: RequestState, positions: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """[num_slots] int32 what kernels that choose core know of a slot's token."""
+    tokens = torch.where(
+        state.competes[positions.clamp(max=state.plan.num_full_tokens)],
+        2 * positions + mask,
+        ~positions,
+    )
+    return tokens.to(torch.int32)

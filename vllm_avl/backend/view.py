@@ -3,134 +3,117 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from vllm_avl.backend.request import Task, Turn
+from vllm_avl.backend.request import Task
+from vllm_avl.backend.step import StepRows
 
 
-class Selection(NamedTuple):
-    """What one decode row reads, in slots of its request."""
-
-    first_slot: int = 0
-    """It reads all slots from here on."""
-    list_start: int = 0
-    """Where core's list begins: the first stored slot."""
-    num_core: int = 0
-    """Entries of the list that it reads."""
-    scored: bool = False
-    list_stop: int = 0
-    """End of the slots that compete for core or are listed always."""
-    num_chosen: int = 0
-    """Entries of the list that is made of the step's scores; 0 where none is."""
-
-    @property
-    def gathers(self) -> bool:
-        """Whether vLLM's kernel could not read this."""
-        return self.num_core > 0 or self.scored
-
-
-@dataclass(frozen=True)
-class StepView:
-    """Where the rows of a step begin to read."""
-
-    first_blocks: list[int]
-    """[num_rows] first block that vLLM's kernel reads."""
-    tasks: list[Task]
-    turns: Sequence[Turn | None]
-    """[num_rows]; None where a row is not adaptive."""
-
-
-def make_view(
-    turns: Sequence[Turn | None],
+def stored_table(
+    rows: StepRows,
     block_table: torch.Tensor,
-    query_starts: Sequence[int],
     block_size: int,
-    fuses_scores: bool,
-) -> StepView:
-    """Find where every row begins to read, and who has work.
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Let every row of a block table be what its request has stored.
 
-    That depends on the tokens computed before the step alone: the scheduler has given
-    the blocks in front of it away, and their ids in the table belong to others.
+    The scheduler has given the prompts' blocks away, and their ids in the runner's
+    table belong to others: what is read is [private | partial block | answer]. That
+    depends on the tokens computed before the step alone.
 
     Args:
-        turns: of the batch's rows; None where a row is not adaptive.
-        block_table: [num_reqs, max_blocks] int32.
-        query_starts: index of each row's first token.
-        block_size: the kernel's block size, a divisor of the plans'.
-        fuses_scores: whether a lone decode row that scores is attended by our kernel.
-    """
-    first_blocks, tasks = [], []
-    for row, turn in enumerate(turns):
-        first_blocks.append(0)
-        if turn is None or turn.is_prefix:
-            continue
-        num_blocks = -(-turn.num_tokens // block_size)
-        alone = turn.num_new == 1
-        fused = alone and turn.scores and (fuses_scores or turn.gathers)
-        turn.state.record(turn.num_tokens, turn.scores)
-        if turn.has_work:
-            task = Task(
-                turn.state,
-                turn.num_computed,
-                turn.num_tokens,
-                query_starts[row],
-                block_table[row, :num_blocks],
-                fused,
-            )
-            tasks.append(task)
-        if turn.compacts:
-            assert turn.num_tokens == turn.state.plan.num_prompt_tokens, (
-                "a chunk crossed the prompt"
-            )
-        elif fused or turn.gathers:
-            # The kernel must be given something: the last block.
-            first_blocks[row] = num_blocks - 1
-        else:
-            first_blocks[row] = turn.first_read_token // block_size
-    return StepView(first_blocks, tasks, turns)
-
-
-def select(turn: Turn | None) -> Selection:
-    """Return what a decode row of `turn` reads; None for a row of stock's."""
-    if turn is None or turn.is_prefix or turn.compacts:
-        return Selection()
-    if not turn.gathers:
-        return Selection(turn.first_read_token)
-    start, plan = turn.first_read_token, turn.state.plan
-    num_core, stop = plan.num_core_blocks * plan.block_size, plan.num_full_tokens
-    if turn.reads_all:
-        num_chosen = num_core if turn.chooses_in_pass else 0
-        return Selection(start, start, 0, turn.scores, stop, num_chosen)
-    return Selection(stop, start, num_core)
-
-
-def shift(
-    first_blocks: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    block_size: int,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Let every row of a block table begin at its first block.
-
-    Args:
-        first_blocks: [num_reqs] int32.
-        block_table: [num_reqs, max_blocks] int32.
-        seq_lens: [num_reqs] int32.
-        block_size: the kernel's.
-        out: where to put the results; None for new tensors.
+        rows: of the step.
+        block_table: [num_reqs, max_blocks] int32, the runner's; rows behind those of
+            the step are padding.
+        block_size: the kernel's, a divisor of the block manager's.
+        out: [num_reqs, max_blocks] int32, where to put the result.
 
     Returns:
-        block table and sequence lengths of what is read.
+        as block_table.
     """
+    seats = rows.step.requests.seats
+    per_block = rows.step.requests.block_size // block_size
+    host = np.stack([rows.seats, rows.first_block, rows.num_private])
+    host[1:] *= per_block
+    num_rows = len(rows.index)
+    device = block_table.device
+    seat, first, num_private = torch.from_numpy(host).to(device, non_blocking=True)
     last = block_table.shape[1] - 1
-    columns = torch.arange(last + 1, device=block_table.device)
-    columns = (columns + first_blocks.unsqueeze(1)).clamp_(max=last)
-    table_out, lens_out = out or (None, None)
-    return (
-        torch.gather(block_table, 1, columns, out=table_out),
-        torch.sub(seq_lens, first_blocks * block_size, out=lens_out),
-    )
+    columns = torch.arange(last + 1, device=device)
+    shifted = (columns + first.unsqueeze(1)).clamp_(max=last)
+    if out is None:
+        out = torch.empty_like(block_table)
+    out[num_rows:] = block_table[num_rows:]
+    table = torch.gather(block_table[:num_rows], 1, shifted, out=out[:num_rows])
+    private = seats.private[seat]
+    if per_block > 1:
+        parts = torch.arange(per_block, dtype=torch.int32, device=device)
+        private = (private.unsqueeze(-1) * per_block + parts).flatten(1)
+    width = min(private.shape[1], last + 1)
+    is_private = columns[:width] < num_private.unsqueeze(1)
+    table[:, :width] = torch.where(is_private, private[:, :width], table[:, :width])
+    return out
+
+
+def make_tasks(
+    rows: StepRows,
+    block_table: torch.Tensor,
+    stored: torch.Tensor,
+    query_starts: Sequence[int],
+    block_size: int,
+) -> list[Task]:
+    """Say what Python has to do behind the layers' attention.
+
+    Args:
+        rows: of the step.
+        block_table: [num_reqs, max_blocks] int32, the runner's.
+        stored: [num_reqs, max_blocks] int32, see `stored_table`.
+        query_starts: index of each row's first token, and of the last one's end.
+        block_size: the kernel's.
+    """
+    step, tasks = rows.step, []
+    per_block = step.requests.block_size // block_size
+    for row, index in rows.with_python:
+        state, num_tokens = step.state(index), int(step.num_tokens[index])
+        plan, ends = state.plan, bool(step.ends_prompt[index])
+        if ends and num_tokens != plan.num_prompt_tokens:
+            raise RuntimeError("a chunk crossed its prompt's end")
+        first = int(step.of["first_block"][index])
+        num_blocks = -(-num_tokens // block_size)
+        gone = first - plan.first_stored_block
+        num_aged = plan.num_evicted_text_blocks(num_tokens) - gone
+        prompt, num_private = None, 0
+        if ends:
+            prompt = block_table[row, :num_blocks].contiguous()
+            private = _private(state.compaction.block_ids, per_block, prompt)
+            num_private = len(private)
+            behind = prompt[plan.num_full_blocks * per_block :]
+            blocks = torch.cat([private, behind])
+        else:
+            blocks = stored[row, : num_blocks - first * per_block].contiguous()
+        tasks.append(
+            Task(
+                state,
+                query_starts[row + 1],
+                num_tokens,
+                blocks,
+                first * plan.block_size,
+                scores=bool(rows.scores[row]),
+                attended=bool(rows.is_attended[row]),
+                num_aged=num_aged * plan.block_size,
+                prompt=prompt,
+                num_private=num_private,
+            )
+        )
+    return tasks
+
+
+def _private(
+    block_ids: Sequence[int], per_block: int, like: torch.Tensor
+) -> torch.Tensor:
+    """[num_blocks] int32 blocks as the kernel counts them."""
+    ids = np.asarray(block_ids, np.int32)[:, None] * per_block
+    blocks = torch.from_numpy((ids + np.arange(per_block, dtype=np.int32)).ravel())
+    return blocks.to(like.device, non_blocking=True)

@@ -40,12 +40,15 @@ def plan_request(request: Request, config: AVLConfig, block_size: int) -> Plan |
         return Stock.POLICY_FULL
     # Of any modality: the last chunk waits for one encoder output only.
     last_encoded = max(f.mm_position.offset for f in request.mm_features)
+    if request.num_prompt_tokens - last_encoded < 2:
+        # A chunk could end in front of it, and leave a lone last token.
+        return Stock.NOTHING_TO_SAVE
     plan = make_plan(
         request.num_prompt_tokens,
         ranges,
         block_size,
         config,
-        min(last_encoded, request.num_prompt_tokens - 1),
+        last_encoded,
         request.num_prompt_tokens + request.max_tokens,
     )
     return Stock.NOTHING_TO_SAVE if plan is None else plan

@@ -1,8 +1,9 @@
-"""Frees what a request has evicted and keeps what is written from being shared."""
+"""Gives requests blocks of their own for what they keep, and the prompt's back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -10,59 +11,145 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from vllm_avl.cache.tally import Tally
-from vllm_avl.plan import Plan
+from vllm_avl.plan import Compaction, Plan
+
+
+@dataclass
+class Adapted:
+    """What the manager knows of one adaptive request."""
+
+    request: Request
+    plan: Plan
+    ends: bool = False
+    """Whether the step that ends the prompt has been allocated."""
+    private: list[KVCacheBlock] = field(default_factory=list)
+    """Blocks taken for kept rows, until they stand in the request's list of blocks."""
+    targets: list[KVCacheBlock] | None = None
+    """Where the kept rows go: private blocks, or the prompt's own."""
+    num_released: int = 0
+    """Blocks at the head of the request's list that are null."""
+
+    @property
+    def retired(self) -> bool:
+        """Whether the prompt's blocks have been given back."""
+        return self.ends and self.targets is None
 
 
 class AVLManager(FullAttentionManager):
     """Block manager of the adaptive attention group.
 
     Holds the plan of every admitted adaptive request, from its first prefix-cache
-    look-up until its blocks are freed (finish, abort, preemption).
+    look-up until its blocks are freed (finish, abort, preemption). The prompt's blocks
+    stay as the model computed them, hashed and shared; kept rows go to private blocks,
+    which nobody else ever sees.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.plans: dict[str, Plan] = {}
+        self.adapted: dict[str, Adapted] = {}
         self.tally = Tally()
-        self._evicting: dict[str, Request] = {}
-        self._num_released: dict[str, int] = {}
+        self.num_spare = 0
+        """Free blocks that private ones leave to steps in flight."""
+        self.copies_shared = False
+        """Whether a block may not be shared although nobody writes it: the worker
+        keeps what it knows of a row by the row's place in the pool."""
+        self._ending: list[str] = []
+        """Requests whose prompt ends in the step that is being scheduled."""
+
+    def plan_of(self, request_id: str) -> Plan | None:
+        """Return the plan of an adaptive request, None for others."""
+        known = self.adapted.get(request_id)
+        return None if known is None else known.plan
 
     def admit(self, request: Request, plan: Plan) -> None:
         """Hold `request` to `plan` until its blocks are freed."""
-        self.plans[request.request_id] = plan
-        self._evicting[request.request_id] = request
+        self.adapted[request.request_id] = Adapted(request, plan)
 
     def leave_alone(self, request_id: str) -> None:
         """Forget a plan under which nothing has happened yet."""
-        self.plans.pop(request_id, None)
-        self._evicting.pop(request_id, None)
+        self.adapted.pop(request_id, None)
 
-    def take_compactions(self, scheduled: dict[str, int]) -> dict[str, Plan]:
-        """Return the plans of the requests whose prompt ends in the scheduled step.
+    # A request's blocks, step by step.
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        """Count blocks, and those that the prompt's end needs besides.
+
+        Kept rows may take the place of blocks that nobody else holds; others have to be
+        there. So a request that is alone never waits for itself. A hit of this request
+        may share blocks of one whose prompt ends in the same step, which then needs
+        more.
+        """
+        needed = super().get_num_blocks_to_allocate(
+            request_id, num_tokens, new_computed_blocks, *args, **kwargs
+        )
+        hits = {block.block_id for block in new_computed_blocks if block.ref_cnt}
+        needed += sum(self._num_lacking(name, hits) for name in self._ending)
+        if self._ends_at(request_id, num_tokens):
+            held = self.req_to_blocks.get(request_id, ())
+            # Nobody has counted this request's own reference to its hits yet.
+            shared = [b.ref_cnt > 1 for b in held] + [
+                b.ref_cnt > 0 for b in new_computed_blocks
+            ]
+            needed += self._num_needed(self.adapted[request_id].plan, shared)
+        return needed
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Allocate, and take the private blocks that were counted."""
+        new = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        if self._ends_at(request_id, num_tokens):
+            self.adapted[request_id].ends = True
+            self._ending.append(request_id)
+        for name in self._ending:
+            self._take_private(name, self._num_lacking(name, ()))
+        return new
+
+    def take_compactions(self, scheduled: dict[str, int]) -> dict[str, Compaction]:
+        """Return what workers are told of the prompts that end in the scheduled step.
 
         Call after the scheduler has advanced `num_computed_tokens`.
 
         Args:
             scheduled: number of tokens scheduled in the step, by request id.
+
+        Raises:
+            RuntimeError: a chunk crosses its prompt's end, or kept rows would overwrite
+                what others read.
         """
         compactions = {}
-        for request_id, request in self._evicting.items():
-            num_scheduled = scheduled.get(request_id, 0)
-            computed = request.num_computed_tokens
-            plan = self.plans[request_id]
-            if computed - num_scheduled < plan.num_prompt_tokens <= computed:
-                assert computed == plan.num_prompt_tokens, "a chunk crossed the prompt"
-                self._assert_writable(request_id, plan)
-                compactions[request_id] = plan
-                if request.num_output_tokens == 0:
-                    self.tally.compacted(plan)
+        for request_id in self._ending:
+            known = self.adapted[request_id]
+            plan, computed = known.plan, known.request.num_computed_tokens
+            if request_id not in scheduled or computed != plan.num_prompt_tokens:
+                raise RuntimeError(f"{request_id}: a chunk crossed the prompt's end")
+            known.targets = self._choose_targets(request_id)
+            num_private = len(known.private)
+            compactions[request_id] = Compaction(
+                plan,
+                tuple(block.block_id for block in known.targets),
+                in_place=plan.moves_rows and num_private < plan.num_stored_blocks,
+                num_copied=0 if plan.moves_rows else num_private,
+            )
+            if known.request.num_output_tokens == 0:
+                self.tally.compacted(plan)
+        self._ending.clear()
         return compactions
 
     def new_step_starts(self) -> None:
-        """Free what settled steps have evicted before anybody asks for blocks."""
-        for request_id, request in list(self._evicting.items()):
-            settled = request.num_computed_tokens - request.num_in_flight_tokens
-            self._release(request_id, settled)
+        """Free what settled steps have let go before anybody asks for blocks."""
+        for known in self.adapted.values():
+            if known.ends and (not known.retired or known.plan.text_window is not None):
+                request = known.request
+                settled = request.num_computed_tokens - request.num_in_flight_tokens
+                self._release(request.request_id, settled)
 
     def remove_skipped_blocks(
         self,
@@ -70,9 +157,16 @@ class AVLManager(FullAttentionManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        """Free the head blocks once the step that evicted them is settled."""
-        if request_id in self._evicting:
+        """Free what nobody reads any more once the step that let it go is settled."""
+        if request_id in self.adapted:
             self._release(request_id, processed_computed_tokens)
+
+    def add_local_computed_blocks(
+        self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any
+    ) -> None:
+        """Add hits, and note which of them others gave back."""
+        self.tally.holds(new_computed_blocks)
+        super().add_local_computed_blocks(request_id, new_computed_blocks, *args)
 
     def cache_blocks(
         self,
@@ -82,41 +176,130 @@ class AVLManager(FullAttentionManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Hash blocks for reuse, up to the first one that is ever written again."""
-        plan = self.plans.get(request.request_id)
+        """Hash blocks for reuse; none of an answer that has seen less than all."""
+        request_id = request.request_id
+        plan = self.plan_of(request_id)
         if plan is not None:
-            num_tokens = min(num_tokens, plan.private_from * self.block_size)
+            num_tokens = min(num_tokens, plan.num_full_tokens)
+        before = self.num_cached_block.get(request_id, 0)
         super().cache_blocks(
             request,
             num_tokens,
             retention_interval,
             replay_boundaries=replay_boundaries,
         )
+        after = self.num_cached_block.get(request_id, 0)
+        self.tally.holds(self.req_to_blocks[request_id][before:after])
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request and return its blocks."""
-        self.plans.pop(request_id, None)
-        self._evicting.pop(request_id, None)
-        self._num_released.pop(request_id, None)
+        known = self.adapted.pop(request_id, None)
+        blocks = super().pop_blocks_for_free(request_id)
+        if known is not None:
+            if request_id in self._ending:
+                self._ending.remove(request_id)
+            blocks = known.private + blocks
+        self.tally.lets_go(blocks)
         self.tally.forget(request_id)
-        return super().pop_blocks_for_free(request_id)
+        return blocks
+
+    # The prompt's end.
+
+    def _ends_at(self, request_id: str, num_tokens: int) -> bool:
+        known = self.adapted.get(request_id)
+        return (
+            known is not None
+            and not known.ends
+            and num_tokens >= known.plan.num_prompt_tokens
+        )
+
+    def _num_needed(self, plan: Plan, shared: Sequence[bool]) -> int:
+        """Private blocks that a prompt needs whose blocks may be `shared`."""
+        num_shared = sum(shared[: plan.num_full_blocks])
+        if not plan.moves_rows:
+            return num_shared if self.copies_shared else 0
+        num_own = plan.num_full_blocks - num_shared
+        return max(plan.num_stored_blocks - num_own, 0)
+
+    def _num_lacking(self, request_id: str, hits: Collection[int]) -> int:
+        """Private blocks that an ending request lacks once others hold `hits`, too."""
+        known = self.adapted[request_id]
+        blocks = self.req_to_blocks[request_id]
+        shared = [b.ref_cnt > 1 or b.block_id in hits for b in blocks]
+        return max(self._num_needed(known.plan, shared) - len(known.private), 0)
+
+    def _take_private(self, request_id: str, count: int) -> None:
+        if count:
+            new = self.block_pool.get_new_blocks(count)
+            self.adapted[request_id].private += new
+            self.tally.took_private(request_id, count)
+
+    def _choose_targets(self, request_id: str) -> list[KVCacheBlock]:
+        """Choose the blocks that kept rows go to.
+
+        Where the prefix cache is on they are private as far as the pool goes; the rest
+        are blocks of the prompt that nobody else holds, whose hashes go, the last
+        first: what they are the end of stays in the cache.
+        """
+        known = self.adapted[request_id]
+        plan = known.plan
+        prompt = self.req_to_blocks[request_id][: plan.num_full_blocks]
+        if not plan.moves_rows:
+            return self._with_copies(request_id, prompt)
+        if self.enable_caching:
+            lacking = plan.num_stored_blocks - len(known.private)
+            spare = self.block_pool.get_num_free_blocks() - self.num_spare
+            self._take_private(request_id, max(min(lacking, spare), 0))
+        num_own = plan.num_stored_blocks - len(known.private)
+        own = [block for block in prompt if block.ref_cnt == 1][::-1][:num_own]
+        if len(own) < num_own:
+            raise RuntimeError(f"{request_id} would write blocks that others read")
+        self.block_pool.evict_blocks({block.block_id for block in own})
+        return known.private + own[::-1]
+
+    def _with_copies(
+        self, request_id: str, prompt: Sequence[KVCacheBlock]
+    ) -> list[KVCacheBlock]:
+        """Return the prompt's blocks, private ones in place of those that are shared.
+
+        Who shared some may be gone since these were taken: they stand for others then.
+        """
+        private = self.adapted[request_id].private
+        num_shared = sum(block.ref_cnt > 1 for block in prompt)
+        if self.copies_shared and num_shared > len(private):
+            raise RuntimeError(f"{request_id} would share what it must not")
+        shared_first = sorted(prompt, key=lambda block: block.ref_cnt == 1)
+        copied = (block.block_id for block in shared_first)
+        copies = dict(zip(copied, private, strict=False))
+        return [copies.get(block.block_id, block) for block in prompt]
 
     def _release(self, request_id: str, num_settled_tokens: int) -> None:
-        plan = self.plans[request_id]
+        known = self.adapted[request_id]
+        plan = known.plan
+        if not known.ends or num_settled_tokens < plan.num_prompt_tokens:
+            return
+        if not known.retired:
+            self._retire_prompt(request_id)
         freed = plan.num_freed_blocks(num_settled_tokens)
-        before = self._num_released.get(request_id, 0)
-        if freed > before:
-            self._num_released[request_id] = freed
-            blocks = self.req_to_blocks[request_id]
-            self.tally.gave_back(request_id, blocks[before:freed])
-            num_text_blocks = freed - max(before, plan.private_from)
-            self.tally.text_aged(max(num_text_blocks, 0) * plan.block_size)
-            self._remove_blocks_in_range(request_id, 0, freed)
-        if num_settled_tokens >= plan.num_prompt_tokens and plan.text_window is None:
-            del self._evicting[request_id]
+        if freed > known.num_released:
+            blocks = self.req_to_blocks[request_id][known.num_released : freed]
+            self.tally.evicted_text(request_id, blocks, plan)
+            self._remove_blocks_in_range(request_id, known.num_released, freed)
+            known.num_released = freed
 
-    def _assert_writable(self, request_id: str, plan: Plan) -> None:
+    def _retire_prompt(self, request_id: str) -> None:
+        """Let kept rows be the tail, and give the prompt's own blocks back, hashed."""
+        known = self.adapted[request_id]
+        plan, targets = known.plan, known.targets
+        assert targets is not None
         blocks = self.req_to_blocks[request_id]
-        for block in blocks[plan.private_from : plan.num_full_blocks]:
-            shared = block.ref_cnt != 1 or block.block_hash is not None
-            assert not shared, f"{request_id} would write the shared {block}"
+        prompt = blocks[: plan.num_full_blocks]
+        kept = {block.block_id for block in targets}
+        given_back = [block for block in prompt if block.block_id not in kept]
+        self.tally.retired(request_id, prompt, targets, rewritten=plan.moves_rows)
+        known.num_released = plan.first_stored_block
+        nulls = [self._null_block] * known.num_released
+        blocks[: plan.num_full_blocks] = nulls + targets
+        known.private, known.targets = [], None
+        # The prompt's end is the first to be evicted.
+        self.block_pool.free_blocks(reversed(given_back))

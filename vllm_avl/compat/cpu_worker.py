@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_avl.backend.listed import GATHER_BELOW
+from vllm_avl.backend.request import Kernels
 from vllm_avl.cache.spec import AVLSpec
 from vllm_avl.compat.worker import AVLWorker
-from vllm_avl.kernels import host
+from vllm_avl.config import AVLConfig
+from vllm_avl.kernels import cpu
 
 
 class AVLCPUWorker(AVLWorker, CPUWorker):
     """vLLM's CPU worker with adaptive requests."""
 
-    def _choose_kernels(self, spec: AVLSpec) -> None:
-        """Compile what a refresh needs, for the element types that have it."""
-        if spec.dtype in host.DTYPES:
-            host.start(spec.dtype)
-            self._avl_requests.gather_below = GATHER_BELOW
+    def _kernels(self, spec: AVLSpec, _config: AVLConfig) -> Kernels:
+        """Compile those of the CPU, so that the first request need not wait."""
+        cpu.start(spec.dtype)
+        return Kernels(attend_scored=True)

@@ -37,8 +37,15 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         Scheduler,
-        "_reserve_prefill_lookahead",
-        ("self", "request", "num_computed_tokens", "num_new_tokens"),
+        "_try_schedule_encoder_inputs",
+        (
+            "self",
+            "request",
+            "num_computed_tokens",
+            "num_new_tokens",
+            "encoder_compute_budget",
+            "shift_computed_tokens",
+        ),
         "where running, new and resumed requests have their chunk shortened",
     ),
     Seam(
@@ -74,9 +81,43 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         FullAttentionManager,
+        "get_num_blocks_to_allocate",
+        (
+            "self",
+            "request_id",
+            "num_tokens",
+            "new_computed_blocks",
+            "total_computed_tokens",
+            "num_local_computed_tokens",
+            "num_tokens_main_model",
+            "apply_admission_cap",
+            "prefill_end",
+        ),
+        "blocks that a prompt's end needs besides are asked for in time",
+    ),
+    Seam(
+        FullAttentionManager,
+        "allocate_new_blocks",
+        ("self", "request_id", "num_tokens", "num_tokens_main_model"),
+        "and taken",
+    ),
+    Seam(
+        FullAttentionManager,
+        "add_local_computed_blocks",
+        (
+            "self",
+            "request_id",
+            "new_computed_blocks",
+            "num_local_computed_tokens",
+            "num_external_computed_tokens",
+        ),
+        "hits may be of what another request has given back",
+    ),
+    Seam(
+        FullAttentionManager,
         "cache_blocks",
         ("self", "request", "num_tokens", "retention_interval", "replay_boundaries"),
-        "written blocks must not enter the prefix cache",
+        "answers that saw less than all must not enter the prefix cache",
     ),
     Seam(
         FullAttentionManager,

@@ -17,7 +17,6 @@ from vllm_avl.support import (
     check_attention,
     check_base,
     check_config,
-    check_executor,
     check_unclaimed,
     refuse_flash,
     refuse_platform,
@@ -34,8 +33,6 @@ class Device:
     worker: str
     block_size: int | None
     """Where the user gives none; None for vLLM's own."""
-    gathered: tuple[str, ...] | None
-    """Element types whose core our kernel gathers; None for all."""
 
 
 # Small blocks free more finely than the CPU platform's 128 would.
@@ -43,7 +40,6 @@ CPU = Device(
     "vllm_avl.backend.cpu.AVLBackend",
     "vllm_avl.compat.cpu_worker.AVLCPUWorker",
     32,
-    ("bfloat16", "float32"),
 )
 FLASH, TRITON = AttentionBackendEnum.FLASH_ATTN, AttentionBackendEnum.TRITON_ATTN
 OVER = {
@@ -51,12 +47,7 @@ OVER = {
     TRITON: "vllm_avl.backend.cuda_triton.AVLTritonBackend",
 }
 """Ours on CUDA, by the back end of vLLM's that it is over."""
-CUDA = Device(
-    OVER[TRITON],
-    "vllm_avl.compat.worker.AVLWorker",
-    None,
-    None,
-)
+CUDA = Device(OVER[TRITON], "vllm_avl.compat.worker.AVLWorker", None)
 
 
 def device() -> Device | None:
@@ -155,8 +146,6 @@ def update_config(original: Callable[..., None]) -> classmethod:
             refuse_platform(current_platform.device_name)
         avl_config = parse_config(vllm_config.additional_config)
         check_base(avl_config.attention, current_platform.is_cuda())
-        dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-        check_executor(avl_config.executor, dtype, ours.gathered)
         scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
         check_unclaimed("--scheduler-cls", scheduler.scheduler_cls, OUR_SCHEDULERS)
         check_unclaimed("--worker-cls", parallel.worker_cls, ("auto", ours.worker))

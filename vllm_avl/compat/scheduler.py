@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
 
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -27,7 +28,7 @@ from vllm_avl.compat import facts, stats
 from vllm_avl.config import parse_config
 from vllm_avl.metrics.definitions import Stock
 from vllm_avl.metrics.summary import describe_settings
-from vllm_avl.plan import Plan, limit_chunk
+from vllm_avl.plan import Compaction, Plan, limit_chunk
 
 logger = logging.getLogger("vllm.avl")
 
@@ -35,12 +36,17 @@ logger = logging.getLogger("vllm.avl")
 class _Adaptive(Scheduler):
     """Plans requests, shapes their chunks and tells the workers what to compact."""
 
+    _avl_steps_in_flight = False
+    """Whether a step is scheduled before the last one has run."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._avl_config = parse_config(self.vllm_config.additional_config)
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers
         assert isinstance(manager, AVLManager)
         self._avl_manager = manager
+        # Kernels find what they know of a row by its place in the pool.
+        manager.copies_shared = current_platform.is_cuda()
         self._avl_pressure = Pressure(self._avl_config)
         self._avl_decisions: dict[str, Plan | Stock] = {}
         settings = describe_settings(self._avl_config)
@@ -55,16 +61,26 @@ class _Adaptive(Scheduler):
         manager.admit(request, plan)
         return super()._get_local_prefix_cache_hit(self._limit_hits(request, plan))
 
-    def _reserve_prefill_lookahead(
-        self, request: Request, num_computed_tokens: int, num_new_tokens: int
-    ) -> int:
-        num_new_tokens = super()._reserve_prefill_lookahead(
-            request, num_computed_tokens, num_new_tokens
+    def _try_schedule_encoder_inputs(
+        self,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        encoder_compute_budget: int,
+        shift_computed_tokens: int = 0,
+    ) -> tuple[list[int], int, int, list[int], list[int]]:
+        # Before vLLM notes which pictures the chunk needs: what it notes for tokens
+        # that are not computed after all would never be taken back.
+        plan = self._avl_manager.plan_of(request.request_id)
+        if plan is not None:
+            num_new_tokens = limit_chunk(plan, num_computed_tokens, num_new_tokens)
+        return super()._try_schedule_encoder_inputs(
+            request,
+            num_computed_tokens,
+            num_new_tokens,
+            encoder_compute_budget,
+            shift_computed_tokens,
         )
-        plan = self._avl_manager.plans.get(request.request_id)
-        if plan is None:
-            return num_new_tokens
-        return limit_chunk(plan, num_computed_tokens, num_new_tokens)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         output = super().schedule(throttle_prefills)
@@ -76,9 +92,12 @@ class _Adaptive(Scheduler):
                 self._avl_manager.tally.left_alone(decision)
         for request_id in output.finished_req_ids:
             self._avl_decisions.pop(request_id, None)
-        plans = self._avl_manager.take_compactions(output.num_scheduled_tokens)
-        if plans:
-            send_plans(output, plans)
+        if self._avl_steps_in_flight:
+            # The next step may want a block for each before this one has settled.
+            self._avl_manager.num_spare = len(self.running)
+        compactions = self._avl_manager.take_compactions(output.num_scheduled_tokens)
+        if compactions:
+            send_compactions(output, compactions)
         return output
 
     def update_from_output(
@@ -157,7 +176,7 @@ class _Adaptive(Scheduler):
         """Return a view of `request` that knows only the hashes it may hit.
 
         The limit must hold before the search: cutting its result is not valid for
-        every cache group.
+        every cache group. It leaves the rows that score to compute.
         """
         hash_block_size = self.kv_cache_manager.block_pool.hash_block_size
         view = copy.copy(request)
@@ -174,12 +193,16 @@ class AVLScheduler(_Adaptive):
 class AVLAsyncScheduler(_Adaptive, AsyncScheduler):
     """vLLM's asynchronous scheduler with adaptive requests."""
 
-
-def send_plans(output: SchedulerOutput, plans: dict[str, Plan]) -> None:
-    """Let `plans` travel to every worker with the step that compacts them."""
-    output.avl_plans = plans  # type: ignore[attr-defined]
+    _avl_steps_in_flight = True
 
 
-def received_plans(output: SchedulerOutput) -> dict[str, Plan]:
-    """Plans that came with a step, by request id."""
-    return getattr(output, "avl_plans", {})
+def send_compactions(
+    output: SchedulerOutput, compactions: dict[str, Compaction]
+) -> None:
+    """Let them travel to every worker with the step that ends the prompts."""
+    output.avl_compactions = compactions  # type: ignore[attr-defined]
+
+
+def received_compactions(output: SchedulerOutput) -> dict[str, Compaction]:
+    """What came with a step, by request id."""
+    return getattr(output, "avl_compactions", {})

@@ -5,8 +5,7 @@ The CPU worker is one too; `cpu_worker` adds what it needs.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -21,13 +20,13 @@ from vllm_avl.backend.introspection import (
     report,
     summarize,
 )
-from vllm_avl.backend.step import Step, WorkerRequests, executing
+from vllm_avl.backend.request import Kernels
+from vllm_avl.backend.step import WorkerRequests, executing
 from vllm_avl.cache.spec import AVLSpec
 from vllm_avl.compat import worker_patches
-from vllm_avl.compat.scheduler import received_plans
+from vllm_avl.compat.scheduler import received_compactions
 from vllm_avl.compat.stats import attach_counts
-from vllm_avl.config import parse_config
-from vllm_avl.metrics.definitions import key
+from vllm_avl.config import AVLConfig, parse_config
 from vllm_avl.support import check_groups
 
 
@@ -37,38 +36,42 @@ class AVLWorker(Worker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         worker_patches.apply_all()
         super().__init__(*args, **kwargs)
-        config = parse_config(self.vllm_config.additional_config)
-        self._avl_requests = WorkerRequests(config.introspection)
+        self._avl_requests = WorkerRequests()
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Refuse cache groups that are not ours, then allocate."""
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
         check_groups(specs, AVLSpec)
         super().initialize_from_config(kv_cache_config)
-        self._avl_requests.device = self.device
-        self._choose_kernels(specs[0])
-
-    def _choose_kernels(self, spec: AVLSpec) -> None:
-        """Tell the requests which kernels there are for their cache."""
+        (spec,) = specs
         config = parse_config(self.vllm_config.additional_config)
-        self._avl_requests.has_ranking_kernels = True
-        self._avl_requests.gather_below = sys.maxsize if config.lists_core else 0
+        self._avl_requests = WorkerRequests(
+            config.introspection,
+            self.device,
+            self._kernels(spec, config),
+            spec.block_size,
+        )
+
+    def _kernels(self, _spec: AVLSpec, config: AVLConfig) -> Kernels:
+        """What the device's kernels can do with core."""
+        return Kernels(choose_core=True, num_lists=config.num_lists)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Run one step, with its plans at the metadata builders' hand."""
         self._avl_requests.update(
             scheduler_output.finished_req_ids,
             scheduler_output.preempted_req_ids or (),
-            received_plans(scheduler_output),
+            received_compactions(scheduler_output),
         )
-        turns = self._avl_requests.turns(spans(scheduler_output))
-        step = Step(turns, self._row_ids)
+        step = self._avl_requests.begin(
+            computed_tokens(scheduler_output),
+            scheduler_output.num_scheduled_tokens,
+            self._row_ids,
+        )
         with executing(step):
             output = super().execute_model(scheduler_output)
-        if step.num_entered is not None:
-            entered = step.num_entered.clone()
-            self._avl_requests.counts.count(key("core_rows_entered"), entered)
-            step.num_entered.zero_()
+        if step is not None:
+            step.end()
         return output
 
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -86,7 +89,8 @@ class AVLWorker(Worker):
         if not self.use_v2_model_runner:
             return self.model_runner.input_batch.req_ids
         names = self.model_runner.req_states.index_to_req_id
-        assert common.req_idx is not None
+        if common.req_idx is None:
+            raise RuntimeError("a batch came without its requests' indices")
         return [names[index] for index in common.req_idx]
 
     def avl_requests(self) -> list[str]:
@@ -120,11 +124,10 @@ class _Counted(AsyncModelRunnerOutput):
         return output
 
 
-def spans(scheduler_output: SchedulerOutput) -> Iterator[tuple[str, int, int]]:
-    """Yield `(request id, tokens before, tokens after)` of a step's requests."""
+def computed_tokens(scheduler_output: SchedulerOutput) -> dict[str, int]:
+    """Tokens that a step's requests have computed before it, by request id."""
     cached = scheduler_output.scheduled_cached_reqs
     computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
     for new in scheduler_output.scheduled_new_reqs:
         computed[new.req_id] = new.num_computed_tokens
-    for name, num_new in scheduler_output.num_scheduled_tokens.items():
-        yield name, computed[name], computed[name] + num_new
+    return computed

@@ -86,18 +86,22 @@ COUNTERS = (
     Metric(
         "seconds",
         "Host seconds of the first worker, besides attention. stage: scoring (the "
-        "prompt), compaction (ranking, moving), refresh (packed core on a CPU: with "
-        "that step's attention), text_eviction.",
+        "prompt), compaction (ranking, copying), refresh, text_eviction.",
         Stage,
     ),
 )
 GAUGES = (
-    Metric("requests_running", "Adaptive requests that hold compacted blocks."),
+    Metric("requests_running", "Adaptive requests whose prompt has been computed."),
     Metric("kv_blocks_held", "KV blocks that requests hold."),
     Metric(
+        "kv_blocks_private",
+        "Of these, KV blocks in which adaptive requests keep rows of their prompts; "
+        "nobody shares them.",
+    ),
+    Metric(
         "kv_blocks_stock",
-        "KV blocks that these requests would hold without eviction; where they share a "
-        "prompt, what they store of it counts once for each.",
+        "KV blocks that these requests would hold without eviction; a prompt that "
+        "several share counts once.",
     ),
     Metric("kv_bytes_held", "kv_blocks_held in bytes, on one tensor-parallel rank."),
     Metric("kv_bytes_stock", "kv_blocks_stock in bytes, on one tensor-parallel rank."),

@@ -58,7 +58,7 @@ def describe_settings(config: AVLConfig) -> str:
     if config.core_ratio < config.vision_store_ratio and config.core_refresh_interval:
         parts.append(
             f"reads {config.core_ratio:g}, chosen every "
-            f"{config.core_refresh_interval} steps ({config.executor})"
+            f"{config.core_refresh_interval} steps"
         )
     if config.text_keep_ratio < 1:
         parts.append(f"keeps {config.text_keep_ratio:g} of text")

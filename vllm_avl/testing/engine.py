@@ -142,16 +142,15 @@ class Engine:
 def check_integrity(scheduler: Scheduler) -> None:
     """Assert that free and held blocks are all blocks, and reference counts are right.
 
-    The null block stands in req_to_blocks for what was freed and counts as neither.
-    Blocks that an adaptive request writes again are its own, and in no prefix cache.
+    The null block stands in req_to_blocks for what was given back and counts as
+    neither. Blocks that an adaptive request writes are its own, and in no prefix cache.
     """
     pool = scheduler.kv_cache_manager.block_pool
     (manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
+    adapted = getattr(manager, "adapted", {})
+    lists = [*manager.req_to_blocks.values(), *(a.private for a in adapted.values())]
     held = Counter(
-        block.block_id
-        for blocks in manager.req_to_blocks.values()
-        for block in blocks
-        if not block.is_null
+        block.block_id for blocks in lists for block in blocks if not block.is_null
     )
     free = pool.get_num_free_blocks()
     assert free + len(held) + 1 == len(pool.blocks), f"{free} free, {len(held)} held"
@@ -160,10 +159,14 @@ def check_integrity(scheduler: Scheduler) -> None:
             assert block.ref_cnt == held[block.block_id], block
     known = set(scheduler.requests)
     assert set(manager.req_to_blocks) <= known
-    plans = getattr(manager, "plans", {})
-    assert set(plans) <= known
-    for request_id, plan in plans.items():
-        for block in manager.req_to_blocks.get(request_id, [])[plan.private_from :]:
+    assert set(adapted) <= known
+    for request_id, one in adapted.items():
+        blocks = manager.req_to_blocks.get(request_id, [])
+        written = [*one.private, *blocks[one.plan.num_full_blocks :]]
+        if one.plan.moves_rows:
+            written += one.targets or ()
+            written += blocks if one.retired else ()
+        for block in written:
             shared = block.ref_cnt != 1 or block.block_hash is not None
             assert block.is_null or not shared, f"{request_id} shares {block}"
 

@@ -43,26 +43,3 @@ def paged(num_tokens, num_kv_heads, head_size, block_size, dtype, layout="NHD"):
 def assert_same_bits(ours, expected):
     bits = BITS[ours.dtype.itemsize]
     assert torch.equal(ours.view(bits).cpu(), expected.view(bits).cpu())
-
-
-def assert_moved(move, oracle, shape, dtype, layout, moves):
-    """Move rows of poisoned caches; compare them, bit by bit, with the oracle's.
-
-    `moves` are sources, targets and heads; None for heads moves all alike.
-    """
-    torch.manual_seed(0)
-    keys, values, blocks = paged(*shape, dtype, layout)
-    expected = keys.cpu().clone(), values.cpu().clone()
-    moves = [None if part is None else torch.as_tensor(part).long() for part in moves]
-    oracle(*expected, blocks.cpu(), *moves)
-    moves = [None if part is None else part.to(DEVICE) for part in moves]
-    # Block ids and positions may be of either width.
-    wide = dtype == torch.float32
-    move(
-        keys,
-        values,
-        blocks if wide else blocks.int(),
-        *(part if wide or part is None else part.int() for part in moves),
-    )
-    assert_same_bits(keys, expected[0])
-    assert_same_bits(values, expected[1])

@@ -1,13 +1,12 @@
-"""What the compiler makes of the kernels: no spills, wide accesses, the barrier."""
+"""What the compiler makes of the kernels: no spills, wide accesses."""
 
 from functools import partial
 
 import pytest
 import torch
-from vllm_avl.kernels.gpu.compact_blocks import compact_blocks
-from vllm_avl.kernels.gpu.exchange_rows import exchange_rows
+from vllm_avl.kernels.gpu.copy_rows import copy_rows
+from vllm_avl.kernels.gpu.rank_rows import rank_rows
 from vllm_avl.kernels.gpu.select_core import select_core
-from vllm_avl.kernels.gpu.select_prompt import select_prompt
 from vllm_avl.kernels.gpu.select_rows_matmul import (
     select_columns_matmul,
     select_rows_matmul,
@@ -30,8 +29,12 @@ def blocks_of(num_blocks, row=0):
     return empty(1000)[131 * row :][:num_blocks]
 
 
+def rows_of(num_kv_heads, head_size, dtype):
+    return empty(9, 16, num_kv_heads, 2 * head_size, dtype=dtype).transpose(1, 2)
+
+
 def caches(num_kv_heads, head_size, dtype):
-    cache = empty(9, 16, num_kv_heads, 2 * head_size, dtype=dtype).transpose(1, 2)
+    cache = rows_of(num_kv_heads, head_size, dtype)
     return cache[..., :head_size], cache[..., head_size:]
 
 
@@ -42,14 +45,12 @@ def score(num_rows, head_size, dtype, key_dtype=None, soft_cap=0.0):
     vision_scores(query, keys, empty(84), 1333, 0.1, soft_cap, k_scale)
 
 
-def compact(num_moves, head_size, dtype, heads=None):
-    moves = empty(num_moves), empty(num_moves), heads and empty(num_moves)
-    compact_blocks(*caches(4, head_size, dtype), empty(84), *moves)
-
-
-def exchange(head_size, dtype, heads=None):
-    pairs = empty(77), empty(77), heads and empty(77)
-    exchange_rows(*caches(4, head_size, dtype), empty(84), *pairs)
+def copy(num_rankings, head_size, dtype, target=False, in_place=False):
+    slots = empty(num_rankings, 2000)
+    blocks, targets = (blocks_of(84, row) for row in (1, 2))
+    to = slots if target else None
+    cache = rows_of(4, head_size, dtype)
+    copy_rows(cache, blocks, slots, targets, to, in_place=in_place)
 
 
 def select(head_size, dtype):
@@ -58,15 +59,14 @@ def select(head_size, dtype):
     select_rows_matmul(empty(2, 4, 1, 96, dtype=dtype), rows, empty(2, 96))
 
 
-def choose_of_prompt(num_core):
-    scores, competes = empty(2304, dtype=FP32), empty(2304, dtype=torch.bool)
-    buffers = [empty(4096), empty(4096)] if num_core else []
-    select_prompt(scores, competes, empty(84), 32, 1024, 1200, num_core, *buffers)
+def choose_of_prompt(num_rankings):
+    scores = empty(num_rankings, 2304, dtype=FP32)
+    rank_rows(scores, scores, 1200, 300)
 
 
 def choose_core(num_heads):
-    scores, of_requests = empty(num_heads, 4096, dtype=FP32), [empty(8)] * 3
-    buffers = empty(4096), empty(4096), empty(1)
+    scores, of_requests = empty(num_heads, 4096, dtype=FP32), [empty(8)] * 2
+    buffers = empty(4096), empty(1, 4096), empty(1)
     select_core(scores, *buffers, empty(8, 84), 32, *of_requests)
 
 
@@ -79,17 +79,14 @@ SCORES = [
     partial(score, 32, 256, FP32, soft_cap=30.0),
     partial(score, 1, 128, BF16, FP8),
 ]
-MOVES = [
-    partial(compact, 100, 128, BF16),
-    partial(compact, 2000, 80, FP8),
-    partial(compact, 9000, 128, BF16),
-    partial(compact, 9000, 128, FP32, heads=True),
-    partial(exchange, 64, FP8),
-    partial(exchange, 80, BF16, heads=True),
-    partial(exchange, 256, FP32),
+COPIES = [
+    partial(copy, 1, 128, BF16),
+    partial(copy, 4, 80, FP8, target=True),
+    partial(copy, 4, 128, FP32, in_place=True),
+    partial(copy, 1, 256, FP32),
 ]
 SELECTIONS = [partial(select, 128, FP16), partial(select, 80, FP32)]
-CHOICES = [partial(choose_of_prompt, n) for n in (0, 300)]
+CHOICES = [partial(choose_of_prompt, n) for n in (1, 8)]
 CHOICES += [partial(choose_core, n) for n in (1, 4, 32)]
 
 
@@ -98,7 +95,7 @@ def machines():
     """By launch and architecture, all that the launch compiles."""
     launches = [
         (launch, arch)
-        for launch in SCORES + MOVES + SELECTIONS + CHOICES
+        for launch in SCORES + COPIES + SELECTIONS + CHOICES
         for arch in ARCHES
         # sm_80 has no fp8.
         if arch >= 89 or not (launch.func is score and FP8 in launch.args)
@@ -136,13 +133,14 @@ def test_scores_are_written_in_wide_pieces(machines):
             assert set(built[1].stores) <= {8, 16}
 
 
-def test_rows_are_moved_16_bytes_at_a_time(machines):
+def test_rows_are_copied_16_bytes_at_a_time(machines):
     for (launch, _), built in machines.items():
-        if launch in MOVES:
-            assert set(built[0].stores) == {16}
-            # Block ids, positions and heads are narrow.
-            assert built[0].loads[16] >= built[0].stores[16]
-            assert set(built[0].loads) == {4, 16}
+        if launch in COPIES:
+            for machine in built:
+                assert set(machine.stores) == {16}
+                # Block ids and slots are narrow.
+                assert machine.loads[16] >= machine.stores[16]
+                assert set(machine.loads) <= {4, 16}
 
 
 def test_selected_rows_are_read_16_bytes_at_a_time(machines):
@@ -152,42 +150,22 @@ def test_selected_rows_are_read_16_bytes_at_a_time(machines):
                 assert machine.loads[16] >= 2
 
 
-def test_rows_are_all_read_before_the_first_is_written(machines):
-    for (launch, _), built in machines.items():
-        if launch.func is compact:
-            order = "".join(map(kind_of, built[0].instructions))
-            for part in filter(None, order.split("S")):
-                assert "L" not in part or "B" in part.rpartition("L")[2], order
-            # The compiler's own barriers happen to be there too: ask for ours.
-            for part in built[0].ttgir.split("tt.store")[:-1]:
-                assert "barrier" in part.rpartition("tt.load")[2]
-
-
-def kind_of(instruction):
-    if "BAR.SYNC" in instruction:
-        return "B"
-    if ".128" in instruction and "LDG" in instruction:
-        return "L"
-    if ".128" in instruction and "STG" in instruction:
-        return "S"
-    return ""
-
-
 def serve(num_tokens, num_rows, row, num_text, num_core):
     """What the end of a prompt launches; then a refresh of it."""
-    keys, values = caches(4, 128, BF16)
-    blocks, start = blocks_of(-(-num_tokens // 16), row), num_tokens // 32 * 16
+    keys, _ = caches(4, 128, BF16)
+    blocks = blocks_of(-(-num_tokens // 16), row)
     query = empty(num_rows, 28, 128, dtype=BF16)
     vision_scores(query, keys, blocks, num_tokens, 0.1)
-    num_slots = num_tokens // 16 * 16
-    given = empty(num_slots, dtype=FP32), empty(num_slots, dtype=torch.bool), blocks
-    buffers = [empty(4096), empty(4096)]
-    num_stored = num_slots - num_text - start
-    moves = select_prompt(*given, 16, start, num_stored, num_core, *buffers)
-    compact_blocks(keys, values, blocks, *moves)
-    ends = [empty(1)] * 3
+    num_ranked = num_tokens // 16 * 16 - num_text
+    scores = empty(1, num_ranked, dtype=FP32)
+    chosen = rank_rows(scores, scores, num_ranked // 2, num_core)
+    targets = blocks_of(40, row + 1)
+    for in_place in (False, True):
+        cache = rows_of(4, 128, BF16)
+        copy_rows(cache, blocks, chosen, targets, in_place=in_place)
+    buffers = empty(4096), empty(1, 4096), empty(1)
     scores = empty(1, 4096, dtype=FP32)
-    select_core(scores, *buffers, empty(1), blocks.unsqueeze(0), 16, *ends)
+    select_core(scores, *buffers, blocks.unsqueeze(0), 16, empty(1), empty(1))
 
 
 def test_another_prompt_compiles_nothing_anew():
@@ -195,4 +173,4 @@ def test_another_prompt_compiles_nothing_anew():
     first = variants(partial(serve, 1333, 17, 0, 40, 1))
     for prompt in [(1344, 19, 1, 1, 16), (1201, 30, 2, 16, 77), (1329, 17, 3, 33, 160)]:
         assert variants(partial(serve, *prompt)) == first
-    assert len(first) == 5
+    assert len(first) == 7

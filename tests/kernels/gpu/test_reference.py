@@ -8,9 +8,8 @@ from vllm_avl.kernels.gpu import reference
 
 MODULES = {
     "vision_scores": "vision_scores",
-    "exchange_rows": "exchange_rows",
-    "compact_blocks": "compact_blocks",
-    "select_prompt": "select_prompt",
+    "copy_rows": "copy_rows",
+    "rank_rows": "rank_rows",
     "select_core": "select_core",
     "select_columns_matmul": "select_rows_matmul",
     "select_rows_matmul": "select_rows_matmul",

@@ -145,9 +145,6 @@ def build(case, dtype):
     """Tensors of a batch, in which all that must not be read is poison."""
     seq_lens, tails, num_core, query_lens = torch.tensor(case.requests).T
     first_slot = seq_lens - tails
-    # At the very end of even requests, so that a list may lie below its own tail.
-    room = seq_lens - num_core
-    list_start = torch.where(torch.arange(len(room)) % 2 == 0, room, room.clamp(max=3))
     needed = (-(-seq_lens // case.block_size)).tolist()
     # Past a request the table names the null block, whose rows are poison, too.
     block_table = torch.zeros(len(needed), max(needed) + 1, dtype=torch.int64)
@@ -161,7 +158,7 @@ def build(case, dtype):
         block_table[request, : len(blocks)] = blocks
         mine = blocks[:, None] * case.block_size + torch.arange(case.block_size)
         mine = mine.flatten()[: seq_lens[request]]
-        entries = mine[list_start[request] :][: num_core[request]]
+        entries = mine[: num_core[request]]
         for ranking in core_list:
             past = torch.randperm(int(first_slot[request]))
             ranking[entries] = past[: num_core[request]]
@@ -176,7 +173,6 @@ def build(case, dtype):
         "query_start_loc": query_start_loc,
         "first_slot": first_slot,
         "core_list": core_list,
-        "list_start": list_start,
         "num_core": num_core,
     }
     # One token more than the requests have, as a CUDA graph pads.

@@ -91,7 +91,7 @@ def compile_attention(arch, query, cache, head_size, rows, cubin):
         "query_ptr": f"*{query}",
         "key_cache_ptr": f"*{cache}",
         "value_cache_ptr": f"*{cache}",
-        "reads": ("*i32", "*i32", "i32", "i32", "*i32", "*i32", "*i32"),
+        "reads": ("*i32", "*i32", "i32", "i32", "*i32", "*i32"),
         "scale": "fp32",
         "output_strides": ("i32",) * 2,
         "query_strides": ("i32",) * 2,

@@ -25,10 +25,10 @@ def slots(num_rankings, size, count):
     return torch.stack(lines).int()
 
 
-def check(cache, *arguments):
+def check(cache, *arguments, **options):
     expected = cache.clone()
-    reference.copy_rows(expected, HEAD_SIZE, *arguments)
-    copy_rows(cache, HEAD_SIZE, *arguments)
+    reference.copy_rows(expected, HEAD_SIZE, *arguments, **options)
+    copy_rows(cache, HEAD_SIZE, *arguments, **options)
     assert torch.equal(bits(cache), bits(expected))
 
 
@@ -42,6 +42,24 @@ def test_to_another_request(has_target, num_rankings, num_threads, dtype, monkey
     source = slots(num_rankings, 300, 150)
     target = slots(num_rankings, 160, 150) if has_target else None
     check(cache, table[0], source, table[1], target)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_rankings", [1, NUM_KV_HEADS])
+@pytest.mark.parametrize("count", [1, 31, 96, 150])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_slots_that_ascend(in_place, count, num_rankings, dtype):
+    """As without core: text, then what stays of vision, both in the prompt's order."""
+    cache, table = make_cache([300, 160], dtype)
+    source = slots(num_rankings, 300, count).sort(1).values.roll(count // 5, 1)
+    targets = table[0, :5].flip(0).contiguous() if in_place else table[1]
+    check(cache, table[0], source, targets, in_place=in_place)
+
+
+def test_rows_of_every_slot_of_a_window():
+    cache, table = make_cache([160, 160], torch.bfloat16)
+    every = torch.arange(160, dtype=torch.int32)[None]
+    check(cache, table[0], every, table[1], in_place=False)
 
 
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 150])
