@@ -26,8 +26,8 @@ from typing import Any
 import baselines
 import harness
 import torch
+from over_batch import draw_over_batch
 from paged import SHAPES, TINY, Heads, Pool, Reads
-from plots import draw_over_batch
 from timing import num_copies
 from vllm_avl.kernels.gpu import reference_attention
 from vllm_avl.kernels.gpu import selected_attention as kernels

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import harness
 import torch
-from plots import draw_over_batch
+from over_batch import draw_over_batch
 from timing import num_copies
 from vllm_avl.kernels.gpu import reference
 from vllm_avl.kernels.gpu import select_rows_matmul as operators

@@ -95,9 +95,8 @@ def rank_rows(
     """
     scores, core_scores = scores.contiguous(), core_scores.contiguous()
     num_rankings, num_candidates = scores.shape
-    size = num_rankings * num_stored, num_rankings * num_candidates
-    scratch = torch.empty(sum(size), dtype=torch.int32, device=scores.device)
-    chosen, keys = scratch.split(size)
+    chosen = scores.new_empty((num_rankings, num_stored), dtype=torch.int32)
+    keys = torch.empty_like(scores, dtype=torch.int32)
     _rank_rows_kernel[num_rankings,](
         chosen,
         keys,
@@ -109,4 +108,4 @@ def rank_rows(
         block_n=BLOCK_N,
         num_warps=NUM_WARPS,
     )
-    return chosen.view(num_rankings, num_stored)
+    return chosen
