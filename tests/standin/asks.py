@@ -25,8 +25,9 @@ def ask(*images, text="What is it?", max_tokens=8, **xargs):
 
 SPEC = {
     "requests": [
-        ask(1, 2),
-        ask(1, 2, avl=0),
+        # Longer than those whose core no graph of some servers reads.
+        ask(1, 2, max_tokens=17),
+        ask(1, 2, max_tokens=17, avl=0),
         ask(3, 4, 5, **CORE),
         ask(6, 7, text=LONG, max_tokens=12, **CORE, **TEXT),
         ask(8, 9, avl_policy="h2o", **CORE),
