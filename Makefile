@@ -1,12 +1,14 @@
-# make setup | demo | serve | test | lint | bench. CPU set-up; with CUDA, `pip install vllm-avl` is all.
+# make setup | demo | serve | test | compat | lint | bench. CPU set-up; with CUDA, `pip install vllm-avl` is all.
 PYTHON_BIN := .venv/bin/python
-.PHONY: help setup demo serve test lint bench clean
+VLLM := 0.33.0
+.PHONY: help setup demo serve test compat lint bench clean
 
 help:
 	@echo "make setup  build .venv with vLLM's CPU build and this plug-in"
 	@echo "make demo   serve a demo model, ask about a picture, show what was kept and freed"
 	@echo "make serve  the same server, left running on port 8000"
 	@echo "make test   the whole test suite (what CI runs)"
+	@echo "make compat VLLM=0.33.0  the engine's tests on another vLLM's Python, in .compat"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  benchmarks/concurrency.py with its defaults"
 
@@ -22,6 +24,10 @@ serve: setup
 test: setup
 	@$(PYTHON_BIN) -m pytest -n 2 --dist loadfile
 
+compat: setup
+	@python=$$($(PYTHON_BIN) deploy/cpu/compat.py $(VLLM)) && \
+	$$python -m pytest -n 2 --dist loadfile tests/compat tests/engine
+
 lint: setup
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 
@@ -29,4 +35,4 @@ bench: setup
 	@$(PYTHON_BIN) benchmarks/concurrency.py
 
 clean:
-	rm -rf .venv .cache build dist *.egg-info
+	rm -rf .venv .compat .cache build dist *.egg-info

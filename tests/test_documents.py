@@ -1,5 +1,7 @@
 """Figures in the documents that follow from the plan."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,11 @@ def test_every_setting_is_in_the_readme(settings):
     readme = (ROOT / "README.md").read_text()
     for name in settings.model_fields:
         assert f"| `{name}` |" in readme
+
+
+def test_what_blocks_of_a_size_bring():
+    script = ROOT / "benchmarks" / "planned.py"
+    table = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=True
+    ).stdout
+    assert table in (ROOT / "docs" / "hybrids.md").read_text()

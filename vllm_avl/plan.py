@@ -250,6 +250,25 @@ def make_plan(
     )
 
 
+PICTURE_TOKENS, TEXT_TOKENS = 1000, 32
+"""What `pictures_free` takes pictures to be, and the text on either side of them."""
+
+
+def pictures_free(
+    num_pictures: int, block_size: int, config: AVLConfig
+) -> tuple[int, int]:
+    """Say what a prompt of pictures would give back.
+
+    Returns:
+        blocks that come free once it is computed, and its blocks.
+    """
+    vision = (TEXT_TOKENS, TEXT_TOKENS + num_pictures * PICTURE_TOKENS)
+    num_tokens = vision[1] + TEXT_TOKENS
+    plan = make_plan(num_tokens, [vision], block_size, config)
+    freed = 0 if plan is None else plan.first_stored_block
+    return freed, -(-num_tokens // block_size)
+
+
 def clip(ranges: Sequence[tuple[int, int]], end: int) -> tuple[tuple[int, int], ...]:
     """Cut half-open ranges at `end`; what lies behind it goes."""
     return tuple((a, min(b, end)) for a, b in ranges if a < min(b, end))

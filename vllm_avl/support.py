@@ -38,7 +38,10 @@ REFUSALS = (
         "model",
     ),
     Refusal(
-        lambda c: c.model_config.is_mm_prefix_lm,
+        # vLLM's CPU build has no such mask: it computes pictures causally.
+        lambda c: (
+            c.model_config.is_mm_prefix_lm and c.device_config.device_type != "cpu"
+        ),
         "does not support models with bidirectional attention over images (prefix-LM "
         "masks); choose another model",
     ),
@@ -196,18 +199,32 @@ def check_spec(spec: object, ours: type) -> None:
     # Exactly ours: merging specs silently drops subclasses and their fields.
     if type(spec) is not ours:
         raise UnsupportedError(
-            f"{BACKEND} supports models whose layers all have plain full attention, "
-            f"and this one has a {type(spec).__name__} group; choose another model, "
-            f"{WAY_OUT}"
+            f"{BACKEND} adapts layers with plain full attention, and is given ones "
+            f"with a {type(spec).__name__}; choose another model, {WAY_OUT}"
         )
 
 
-def check_groups(specs: Sequence[object], ours: type) -> None:
-    """Refuse models with several cache groups (sliding-window or Mamba hybrids)."""
+def find_group(
+    specs: Sequence[object], ours: type, others: tuple[type, ...] = ()
+) -> int:
+    """Return which cache group is ours, beside groups of `others`, which are vLLM's.
+
+    Raises:
+        UnsupportedError: none or several are ours, or one is of another kind.
+    """
+    kinds = ", ".join(other.__name__ for other in others) or "nothing"
     for spec in specs:
-        check_spec(spec, ours)
-    if len(specs) != 1:
+        # Exactly these: subclasses may store something else.
+        if type(spec) not in (ours, *others):
+            raise UnsupportedError(
+                f"{BACKEND} supports plain full attention, and beside it {kinds} on "
+                f"this device; this model has a {type(spec).__name__} group; choose "
+                f"another model, {WAY_OUT}"
+            )
+    found = [index for index, spec in enumerate(specs) if type(spec) is ours]
+    if len(found) != 1:
         raise UnsupportedError(
-            f"{BACKEND} supports models with one KV cache group, and this one has "
-            f"{len(specs)}; choose another model, {WAY_OUT}"
+            f"{BACKEND} supports models with one KV cache group of full attention, and "
+            f"this one has {len(found)}; choose another model, {WAY_OUT}"
         )
+    return found[0]

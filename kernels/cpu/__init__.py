@@ -1,4 +1,4 @@
-"""Attention and the moving of rows on a CPU, as loops that Numba compiles.
+"""Attention, ranking and the moving of rows on a CPU, as loops that Numba compiles.
 
 A cache is `[num_blocks, num_kv_heads, 2, block_size · head_size]`, contiguous: a
 block's keys by column `[head_size, block_size]`, then its values by row, as vLLM's
@@ -8,10 +8,13 @@ float16 or float32.
 """
 
 import torch
+from numba import types
 from vllm_avl.kernels.cpu import attention, scores
 from vllm_avl.kernels.cpu import copy_rows as copying
+from vllm_avl.kernels.cpu import rank_rows as ranking
 from vllm_avl.kernels.cpu.attention import DecodeRows, selected_attention
 from vllm_avl.kernels.cpu.copy_rows import copy_rows
+from vllm_avl.kernels.cpu.rank_rows import rank_rows
 from vllm_avl.kernels.cpu.scores import attention_scores
 from vllm_avl.kernels.cpu.vectors import ELEMENTS
 
@@ -19,6 +22,7 @@ __all__ = [
     "DecodeRows",
     "attention_scores",
     "copy_rows",
+    "rank_rows",
     "selected_attention",
     "start",
 ]
@@ -37,3 +41,4 @@ def start(dtype: torch.dtype) -> None:
     attention.LOOP.start(ELEMENTS[dtype])
     scores.LOOP.start(ELEMENTS[dtype])
     copying.LOOP.start(copying.BITS[dtype.itemsize])
+    ranking.LOOP.start(types.float32)

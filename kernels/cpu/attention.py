@@ -13,6 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from numba import carray, types
+from vllm_avl.kernels.cpu.pairs import (
+    LINE,
+    PAIRS,
+    add_value_pairs,
+    pack_weights,
+    weigh_pairs,
+)
 from vllm_avl.kernels.cpu.queries import lay_queries
 from vllm_avl.kernels.cpu.softmax import STEP, cap, exponentiate, normalise
 from vllm_avl.kernels.cpu.threads import (
@@ -25,12 +32,12 @@ from vllm_avl.kernels.cpu.threads import (
     write,
 )
 from vllm_avl.kernels.cpu.tiles import (
-    AHEAD,
     PART,
+    PICKED_BYTES,
     TILE,
-    add_tile,
-    dot_tile,
-    rows_at_once,
+    add_values,
+    end_list,
+    weigh_tile,
 )
 from vllm_avl.kernels.cpu.vectors import (
     CODES,
@@ -43,7 +50,6 @@ from vllm_avl.kernels.cpu.vectors import (
     store_as,
 )
 
-_PICKED_BYTES = 16 * (PART + AHEAD)
 _TILES_BYTES = 16 * (PART // TILE)
 
 
@@ -58,7 +64,7 @@ def _list_part(call: Any, row: int, head: int, part: int, lists: int) -> tuple:
     Returns:
         Numbers of tiles and of values.
     """
-    tiles = lists + _PICKED_BYTES
+    tiles = lists + PICKED_BYTES
     marks = tiles + _TILES_BYTES
     block_size, itemsize = call.block_size, call.itemsize
     half = block_size * call.head_size * itemsize
@@ -90,9 +96,7 @@ def _list_part(call: Any, row: int, head: int, part: int, lists: int) -> tuple:
             number = first // TILE - part * (PART // TILE)
             write(tiles, types.int64, 2 * num_tiles + 1, number)
             num_tiles += 1
-    last = read(lists, types.int64, 2 * max(num_picked - 1, 0))
-    for index in range(num_picked, num_picked + AHEAD):
-        write(lists, types.int64, 2 * index, last)
+    end_list(lists, num_picked)
     return num_tiles, num_picked
 
 
@@ -101,26 +105,29 @@ def _weigh(
     call: Any, queries: int, lists: int, num_tiles: int, weights: int, norms: int
 ) -> None:
     """Weights of the listed tiles' slots, 0 where a slot is not read."""
-    tiles = lists + _PICKED_BYTES
+    tiles = lists + PICKED_BYTES
     marks = tiles + _TILES_BYTES
     group, count = call.group, num_tiles * TILE
+    step, size = call.block_size * call.itemsize, call.head_size
     for tile in range(num_tiles):
-        ahead = min(tile + 1, num_tiles - 1)
-        row = 0
-        while row < group:
-            at_once = rows_at_once(group - row)
-            dot_tile(
+        keys = read(tiles, types.int64, 2 * tile)
+        ahead = read(tiles, types.int64, 2 * min(tile + 1, num_tiles - 1))
+        to = weights + 4 * tile * TILE
+        if call.paired:
+            weigh_pairs(
                 call.element,
-                read(tiles, types.int64, 2 * tile),
-                call.block_size * call.itemsize,
-                call.head_size,
-                queries + 4 * row,
-                4 * group,
-                at_once,
-                weights + 4 * (row * PART + tile * TILE),
-                read(tiles, types.int64, 2 * ahead),
+                keys,
+                step,
+                size,
+                queries,
+                call.query_head_step,
+                group,
+                call.scale,
+                to,
+                ahead,
             )
-            row += at_once
+        else:
+            weigh_tile(call.element, keys, step, size, queries, group, to, ahead)
     for row in range(group):
         logits = weights + 4 * row * PART
         if call.soft_cap > 0:
@@ -128,33 +135,6 @@ def _weigh(
         for at in range(0, 4 * count, STEP):
             store(logits + at, keep_marked(marks + at // 4, load(logits + at)))
         exponentiate(logits, count, norms + 8 * row)
-
-
-@inlined
-def _add_values(
-    call: Any, lists: int, num_picked: int, weights: int, outputs: int
-) -> None:
-    """Write the sums of the listed values, weighted: fp32 [group, head_size]."""
-    group, size = call.group, call.head_size
-    for at in range(0, 4 * group * size, STEP):
-        store(outputs + at, splat(np.float32(0)))
-    for first in range(0, num_picked, TILE):
-        for column in range(0, size, TILE):
-            row = 0
-            while row < group:
-                at_once = rows_at_once(group - row)
-                add_tile(
-                    call.element,
-                    lists + 16 * first,
-                    min(num_picked - first, TILE),
-                    column,
-                    min(size - column, TILE),
-                    weights + 4 * row * PART,
-                    at_once,
-                    outputs + 4 * row * size,
-                    4 * size,
-                )
-                row += at_once
 
 
 @compiled
@@ -176,7 +156,7 @@ def _keep_weights(
         for slot in range(end):
             write(paid, types.float32, slot, 0)
         for tile in range(tiles):
-            number = read(lists + _PICKED_BYTES, types.int64, 2 * tile + 1)
+            number = read(lists + PICKED_BYTES, types.int64, 2 * tile + 1)
             kept = weights + 4 * (member * PART + tile * TILE)
             for index in range(min(end - number * TILE, TILE)):
                 weight = read(kept, types.float32, index)
@@ -210,11 +190,26 @@ def _put_together(call: Any, row: int, head: int, item: int, parts: int) -> None
                 write(paid, types.float32, slot, weight * factor)
 
 
+@inlined
+def _add_values(
+    call: Any, lists: int, num_tiles: int, num_picked: int, weights: int, outputs: int
+) -> None:
+    """Write the sums of the listed values, weighted: fp32 [group, head_size]."""
+    group, size = call.group, call.head_size
+    if call.paired:
+        marks = lists + PICKED_BYTES + _TILES_BYTES
+        packed = marks + PART
+        pack_weights(weights, group, num_tiles * TILE, marks, packed)
+        add_value_pairs(call.element, lists, num_picked, size, packed, group, outputs)
+    else:
+        add_values(call.element, lists, num_picked, size, weights, group, outputs)
+
+
 def _attend(data: Any) -> None:
     call = carray(data, 1)[0]
     group, size, heads = call.group, call.head_size, call.num_kv_heads
-    queries = call.scratch + np.int64(thread_index()) * call.scratch_step
-    weights = queries + 4 * size * (group + 1)
+    laid_at = call.scratch + np.int64(thread_index()) * call.scratch_step
+    weights = laid_at + 4 * size * (group + 1)
     lists = weights + 4 * group * PART
     row, start, end, laid = -1, 0, 0, -1
     item = count_up(call.taken)
@@ -224,19 +219,22 @@ def _attend(data: Any) -> None:
             end = read(call.ends, types.int64, row) * heads
         parts = (end - start) // heads
         head, part = divmod(item - start, parts)
-        if laid != row * heads + head:
-            laid = row * heads + head
-            step, code = call.query_head_step, call.code
-            query = call.query + head * group * step
-            query += read(call.tokens, types.int64, row) * call.query_row_step
-            lay_queries(query, step, code, call.scale, group, size, queries)
+        step, code = call.query_head_step, call.code
+        queries = call.query + head * group * step
+        queries += read(call.tokens, types.int64, row) * call.query_row_step
+        is_new = laid != row * heads + head
+        laid = row * heads + head
+        if not call.paired:
+            if is_new:
+                lay_queries(queries, step, code, call.scale, group, size, laid_at)
+            queries = laid_at
         num_tiles, num_picked = _list_part(call, row, head, part, lists)
         norms = call.norms + 8 * item * group
         _weigh(call, queries, lists, num_tiles, weights, norms)
         if read(call.paid, types.int64, row):
             _keep_weights(call, row, head, part, lists, num_tiles, weights)
         outputs = call.outputs + 4 * item * group * size
-        _add_values(call, lists, num_picked, weights, outputs)
+        _add_values(call, lists, num_tiles, num_picked, weights, outputs)
         ended = call.ended + 8 * laid
         if count_up(ended) == parts - 1:
             write(ended, types.int64, 0, 0)
@@ -251,7 +249,7 @@ LOOP = Loop(
         *("num_items", "taken", "ended", "norms", "outputs", "scratch", "scratch_step"),
         *("masks", "paid", "cache", "num_kv_heads", "block_size", "itemsize"),
         *("query", "query_row_step", "query_head_step", "group", "head_size"),
-        *("output", "output_row_step", "output_head_step", "code"),
+        *("output", "output_row_step", "output_head_step", "code", "paired"),
     ],
     ["scale", "soft_cap"],
 )
@@ -292,7 +290,8 @@ class DecodeRows:
         self._num_parts = int(ends[-1]) if num_rows else 0
         # Loops read these by address.
         self._numbers = np.stack([part.astype(np.int64) for part in arrays])
-        self.addresses = (*(line.ctypes.data for line in self._numbers),)
+        first = self._numbers.ctypes.data
+        self.addresses = (*(first + 8 * num_rows * n for n in range(len(arrays))),)
         self._scored = scored.nonzero()[0].tolist()
         self._nothing_paid = np.zeros(num_rows, np.int64)
         self._scratch: dict[tuple[int, ...], Any] = {}
@@ -306,7 +305,7 @@ class DecodeRows:
             counts = torch.zeros(len(self.tokens) * num_kv_heads + 1, dtype=torch.int64)
             of_items = torch.empty(items * group * (head_size + 2), dtype=torch.float32)
             of_thread = 4 * (head_size * (group + 1) + group * PART)
-            of_thread += _PICKED_BYTES + _TILES_BYTES + PART
+            of_thread += PICKED_BYTES + _TILES_BYTES + PART + PAIRS * group * LINE
             of_thread = -(-of_thread // 64) * 64
             of_threads = torch.empty(threads * of_thread, dtype=torch.uint8)
             norms = of_items.data_ptr() + 4 * items * group * head_size
@@ -390,6 +389,7 @@ def selected_attention(
         output.stride(0) * itemsize,
         output.stride(1) * itemsize,
         CODES[query.dtype],
+        PAIRS and query.dtype == kv_cache.dtype == torch.bfloat16,
         scale,
         soft_cap,
     )

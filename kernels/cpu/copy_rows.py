@@ -18,6 +18,7 @@ from vllm_avl.kernels.cpu.threads import (
     compiled,
     copy_element,
     read,
+    scratch_of,
     share,
     thread_index,
     write,
@@ -227,10 +228,10 @@ def copy_rows(
         assert numbers.is_contiguous()
     assert kv_cache.is_contiguous()
     itemsize, threads = kv_cache.element_size(), torch.get_num_threads()
-    places = torch.empty(threads, 2, count, dtype=torch.int64)
     # What is compressed is stored in whole windows.
     width = count + WINDOW
-    kept = torch.empty(threads, width * head_size * itemsize, dtype=torch.uint8)
+    of_places = 16 * count * threads
+    places = scratch_of(of_places + width * head_size * itemsize * threads)
     bits = BITS[itemsize]
     LOOP.run(
         bits,
@@ -244,8 +245,8 @@ def copy_rows(
         0 if target is None else target.data_ptr(),
         num_rankings,
         count,
-        places.data_ptr(),
-        kept.data_ptr(),
+        places,
+        places + of_places,
         itemsize,
         width,
         bits in COMPRESSED,

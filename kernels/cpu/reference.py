@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 
 import numpy as np
 import torch
@@ -16,17 +17,24 @@ def attention_scores(
     num_tokens: int,
     scale: float,
     soft_cap: float = 0.0,
+    output: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `cpu.attention_scores`."""
     num_rows, num_heads, head_size = query.shape
     group = num_heads // kv_cache.shape[1]
-    keys = _rows(split(kv_cache, head_size)[0], blocks, num_tokens).to(query.dtype)
+    keys, values = (
+        _rows(half, blocks, num_tokens).to(query.dtype)
+        for half in split(kv_cache, head_size)
+    )
     scores = torch.zeros(num_heads, num_tokens, dtype=query.dtype)
     for row in range(num_rows):
         visible = num_tokens - num_rows + 1 + row
         for head in range(num_heads):
             seen = keys[:visible, head // group]
-            scores[head, :visible] += _attend(query[row, head], seen, scale, soft_cap)
+            attention = _attend(query[row, head], seen, scale, soft_cap)
+            scores[head, :visible] += attention
+            if output is not None:
+                output[row, head] = attention @ values[:visible, head // group]
     return scores
 
 
@@ -61,6 +69,30 @@ def selected_attention(
         if rows.scored[row]:
             paid[row] = probabilities
     return paid
+
+
+def rank_rows(
+    scores: torch.Tensor,
+    core_scores: torch.Tensor,
+    num_stored: int,
+    num_core: int,
+    candidates: torch.Tensor,
+    fixed: torch.Tensor,
+) -> torch.Tensor:
+    """As `cpu.rank_rows`."""
+
+    def value(score: float) -> float:
+        return -math.inf if math.isnan(score) else score
+
+    order = []
+    for stay, of_core in zip(scores.tolist(), core_scores.tolist(), strict=True):
+        best = sorted(range(len(stay)), key=lambda c: (-value(stay[c]), c))
+        stored = sorted(best[:num_stored])
+        if num_core < num_stored:
+            stored.sort(key=lambda c: -value(of_core[c]))
+        order.append([*fixed.tolist(), *(int(candidates[c]) for c in stored)])
+    size = len(scores), len(fixed) + num_stored
+    return torch.tensor(order, dtype=torch.int32).view(size)
 
 
 def copy_rows(

@@ -1,8 +1,9 @@
-"""Scores cached tokens by the attention the last rows of a sequence pay them.
+"""Attends from the last rows of a sequence, and scores its keys by what those pay.
 
 A thread takes a query head: its logits, at most [num_rows, num_tokens], become weights
-`PART` slots at a time, and are summed over rows when the whole rows' sums are known.
-Heads that do not go into the threads evenly are shared out by parts.
+`PART` slots at a time; when the whole rows' sums are known, weights are summed over
+rows and weighted values over parts. Heads that do not go into the threads evenly are
+shared out by parts.
 """
 
 from __future__ import annotations
@@ -12,20 +13,36 @@ from typing import Any
 import numpy as np
 import torch
 from numba import carray, types
+from vllm_avl.kernels.cpu.pairs import (
+    LINE,
+    PAIRS,
+    add_value_pairs,
+    pack_weights,
+    weigh_pairs,
+)
 from vllm_avl.kernels.cpu.queries import lay_queries
 from vllm_avl.kernels.cpu.softmax import STEP, cap, exponentiate, normalise
 from vllm_avl.kernels.cpu.threads import (
     Loop,
     compiled,
+    in_lines,
     inlined,
     num_threads,
     read,
+    scratch_of,
     share,
     thread_index,
     wait_for_all,
     write,
 )
-from vllm_avl.kernels.cpu.tiles import PART, TILE, dot_tile, rows_at_once
+from vllm_avl.kernels.cpu.tiles import (
+    PART,
+    PICKED_BYTES,
+    TILE,
+    add_values,
+    end_list,
+    weigh_tile,
+)
 from vllm_avl.kernels.cpu.vectors import (
     CODES,
     ELEMENTS,
@@ -33,6 +50,7 @@ from vllm_avl.kernels.cpu.vectors import (
     multiply_add,
     splat,
     store,
+    store_as,
 )
 
 
@@ -57,21 +75,22 @@ def _part_weights(call: Any, head: int, part: int, queries: int, weights: int) -
         later = first + (tile + 1) * TILE
         if later < call.num_tokens:
             ahead = _keys_at(call, head, later)
-        row = 0
-        while row < rows:
-            at_once = rows_at_once(rows - row)
-            dot_tile(
+        step, to = call.block_size * call.itemsize, weights + 4 * tile * TILE
+        if call.paired:
+            weigh_pairs(
                 call.element,
                 keys,
-                call.block_size * call.itemsize,
+                step,
                 size,
-                queries + 4 * row,
-                4 * rows,
-                at_once,
-                weights + 4 * (row * PART + tile * TILE),
+                queries,
+                call.row_step,
+                rows,
+                call.scale,
+                to,
                 ahead,
             )
-            row += at_once
+        else:
+            weigh_tile(call.element, keys, step, size, queries, rows, to, ahead)
     count = num_tiles * TILE
     norms = weights + 4 * rows * PART
     for row in range(rows):
@@ -81,6 +100,49 @@ def _part_weights(call: Any, head: int, part: int, queries: int, weights: int) -
         for slot in range(max(call.num_tokens - rows + 1 + row - first, 0), count):
             write(at, types.float32, slot, -np.inf)
         exponentiate(at, count, norms + 8 * row)
+
+
+@inlined
+def _weigh_values(call: Any, head: int, part: int, weights: int, picked: int) -> None:
+    """Write a part's values, weighted, behind its weights."""
+    first, size = part * PART, call.head_size
+    count = min(first + PART, call.num_tokens) - first
+    step, half = size * call.itemsize, call.block_size * size * call.itemsize
+    for index in range(0, count, TILE):
+        slot = (first + index) % call.block_size
+        value = _keys_at(call, head, first + index) + half
+        value += slot * (step - call.itemsize)
+        for number in range(index, min(index + TILE, count)):
+            write(picked, types.int64, 2 * number, value)
+            write(picked, types.int64, 2 * number + 1, 4 * number)
+            value += step
+    end_list(picked, count)
+    outputs = weights + call.part_step - 4 * call.num_rows * size
+    rows = call.num_rows
+    if call.paired:
+        packed = picked + PICKED_BYTES
+        tiles = (count + TILE - 1) // TILE
+        pack_weights(weights, rows, tiles * TILE, 0, packed)
+        add_value_pairs(call.element, picked, count, size, packed, rows, outputs)
+    else:
+        add_values(call.element, picked, count, size, weights, rows, outputs)
+
+
+@compiled
+def _put_together(call: Any, head: int, row: int, parts: int, weights: int) -> None:
+    """Write a row's output for a head."""
+    rows, size = call.num_rows, call.head_size
+    to = call.output + row * call.output_row_step + head * call.output_head_step
+    norms = weights + 4 * PART * rows + 8 * row
+    outputs = weights + call.part_step - 4 * (rows - row) * size
+    itemsize = 4 if call.code == 0 else 2
+    for at in range(0, 4 * size, STEP):
+        total = splat(np.float32(0))
+        for part in range(parts):
+            factor = read(norms + part * call.part_step, types.float32, 0)
+            values = load(outputs + part * call.part_step + at)
+            total = multiply_add(values, splat(factor), total)
+        store_as(to + at // 4 * itemsize, total, call.code)
 
 
 @compiled
@@ -108,9 +170,16 @@ def _weigh(call: Any, head: int, first: int, end: int, weights: int) -> None:
     queries = call.scratch + np.int64(thread_index()) * call.scratch_step
     query = call.query + head * call.head_step
     rows, size = call.num_rows, call.head_size
-    lay_queries(query, call.row_step, call.code, call.scale, rows, size, queries)
+    if call.paired:
+        queries = query
+    else:
+        lay_queries(query, call.row_step, call.code, call.scale, rows, size, queries)
     for part in range(first, end):
-        _part_weights(call, head, part, queries, weights + part * call.part_step)
+        at = weights + part * call.part_step
+        _part_weights(call, head, part, queries, at)
+        if call.output:
+            picked = call.picked + np.int64(thread_index()) * call.scratch_step
+            _weigh_values(call, head, part, at, picked)
 
 
 def _scores(data: Any) -> None:
@@ -135,6 +204,9 @@ def _scores(data: Any) -> None:
             turn, row = divmod(item, rows)
             norms = call.weights + turn * call.scratch_step + 4 * PART * rows + 8 * row
             normalise(norms, call.part_step, parts)
+            if call.output:
+                weights = call.weights + turn * call.scratch_step
+                _put_together(call, first_head + turn, row, parts, weights)
         if together:
             wait_for_all()
         for item in range(first, end):
@@ -149,7 +221,8 @@ LOOP = Loop(
         *("cache", "num_kv_heads", "block_size", "itemsize", "blocks"),
         *("query", "row_step", "head_step", "code", "num_rows", "num_heads"),
         *("head_size", "group", "num_tokens", "scores", "part_step"),
-        *("scratch", "weights", "scratch_step"),
+        *("scratch", "weights", "picked", "scratch_step"),
+        *("output", "output_row_step", "output_head_step", "paired"),
     ],
     ["scale", "soft_cap"],
 )
@@ -162,11 +235,13 @@ def attention_scores(
     num_tokens: int,
     scale: float,
     soft_cap: float = 0.0,
+    output: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum attention probabilities over query rows, for every head and key.
 
     Probabilities are normalised over every key a row attends to (A-VL section
-    "Vision attention"). Beside the scores, each thread holds the logits of one head.
+    "Vision attention"). Beside the scores, each thread holds the logits of one head,
+    and an output for each `PART` keys.
 
     Args:
         query: [num_rows, num_heads, head_size], the last rows of the sequence.
@@ -176,6 +251,7 @@ def attention_scores(
             num_tokens - num_rows + 1 + i of them.
         scale: softmax scale.
         soft_cap: tanh cap on the logits, 0 for none.
+        output: as query, where to write what the rows attend to; None for nowhere.
 
     Returns:
         [num_heads, num_tokens] fp32.
@@ -188,12 +264,24 @@ def attention_scores(
     assert blocks.dtype == torch.int32
     assert blocks.is_contiguous()
     assert query.stride(2) == 1
+    written = 0, 0, 0
+    if output is not None:
+        assert output.dtype == query.dtype
+        assert output.stride(2) == 1
+        steps = (step * output.element_size() for step in output.stride()[:2])
+        written = output.data_ptr(), *steps
     parts = -(-num_tokens // PART)
     scores = torch.empty(num_heads, num_tokens, dtype=torch.float32)
+    query_size = in_lines((num_rows + 1) * head_size)
+    paired = PAIRS and query.dtype == kv_cache.dtype == torch.bfloat16
+    picked_size = in_lines((PICKED_BYTES + paired * num_rows * LINE) // 4)
     part_size = PART * (num_rows + 1) + 2 * num_rows
-    query_size = (num_rows + 1) * head_size
-    size = query_size + parts * part_size
-    scratch = torch.empty(torch.get_num_threads(), size, dtype=torch.float32)
+    if output is not None:
+        part_size += num_rows * head_size
+    part_size = in_lines(part_size)
+    size = query_size + picked_size + parts * part_size
+    scratch = scratch_of(4 * size * torch.get_num_threads())
+    picked = scratch + 4 * query_size
     LOOP.run(
         ELEMENTS[kv_cache.dtype],
         kv_cache.data_ptr(),
@@ -212,9 +300,12 @@ def attention_scores(
         num_tokens,
         scores.data_ptr(),
         4 * part_size,
-        scratch.data_ptr(),
-        scratch.data_ptr() + 4 * query_size,
+        scratch,
+        picked + 4 * picked_size,
+        picked,
         4 * size,
+        *written,
+        paired,
         scale,
         soft_cap,
     )

@@ -138,6 +138,26 @@ class _Call(types.Record):
 register_model(_Call)(models.RecordModel)
 
 
+_LINE = 64
+_scratch = torch.empty(0, dtype=torch.uint8)
+
+
+def scratch_of(num_bytes: int) -> int:
+    """Address of memory that the next call may write, from a cache line on.
+
+    It is kept: what is allocated anew costs as much as the work, a page at a time.
+    """
+    global _scratch
+    if len(_scratch) < num_bytes + _LINE:
+        _scratch = torch.empty(num_bytes + _LINE, dtype=torch.uint8)
+    return -(-_scratch.data_ptr() // _LINE) * _LINE
+
+
+def in_lines(count: int) -> int:
+    """`count` fp32 numbers, rounded up to whole cache lines."""
+    return -(-4 * count // _LINE) * _LINE // 4
+
+
 class Loop:
     """What every thread of a call does, compiled for each type of elements."""
 

@@ -1,7 +1,7 @@
 """The products attention is made of, with every sum in a register.
 
-`dot_tile` multiplies query rows with `TILE` keys that lie by column, `add_tile` adds
-values, listed by their addresses, by weights. Addresses are int64.
+`weigh_tile` multiplies query rows with `TILE` keys that lie by column, `add_values`
+adds values, listed by their addresses, by weights. Addresses are int64.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from vllm_avl.kernels.cpu.threads import compiled
+from vllm_avl.kernels.cpu.threads import compiled, read, write
 from vllm_avl.kernels.cpu.vectors import (
     FLOATS,
     LANES,
@@ -24,6 +25,8 @@ from vllm_avl.kernels.cpu.vectors import (
     offset,
     pointer_at,
     prefetch_at,
+    splat,
+    store,
     widened_from,
 )
 
@@ -37,6 +40,8 @@ PART = 8 * TILE
 """Slots between two rows of weights."""
 AHEAD = 24
 """How many values earlier than it is read a value is fetched."""
+PICKED_BYTES = 16 * (PART + AHEAD)
+"""Room for a part's values, listed."""
 SUMMED = 16
 """Products summed by themselves, for a smaller error; head sizes are multiples."""
 LINE = 64
@@ -45,7 +50,7 @@ LINE = 64
 _LONG, _REAL = ir.IntType(64), ir.FloatType()
 
 
-def _for_rows(builder: Any, num_rows: Any, build: Callable[[int], None]) -> None:
+def for_rows(builder: Any, num_rows: Any, build: Callable[[int], None]) -> None:
     """Build a loop for each possible number of rows."""
     after = builder.append_basic_block("after")
     switch = builder.switch(num_rows, after)
@@ -67,7 +72,7 @@ def rows_at_once(left: int) -> int:
     return rows
 
 
-def _sums(builder: Any, rows: int, vectors: int) -> list[list[Any]]:
+def build_sums(builder: Any, rows: int, vectors: int) -> list[list[Any]]:
     """Places of sums, which LLVM turns into registers."""
     return [
         [cgutils.alloca_once(builder, FLOATS) for _ in range(vectors)]
@@ -94,7 +99,8 @@ def _vectors_at(builder: Any, address: Any, element: Any, count: int) -> list[An
     ]
 
 
-def _prefetch_tile(builder: Any, address: Any, element: Any) -> None:
+def prefetch_tile(builder: Any, address: Any, element: Any) -> None:
+    """Fetch `TILE` elements."""
     for first in range(0, TILE * element.bitwidth // 8, LINE):
         prefetch_at(builder, offset(builder, address, first))
 
@@ -128,7 +134,7 @@ def dot_tile(
         vectors = TILE // LANES
 
         def build(rows: int) -> None:
-            sums = _sums(builder, rows, vectors)
+            sums = build_sums(builder, rows, vectors)
             written = [
                 (place, offset(builder, logits, 4 * (row * PART + index * LANES)))
                 for row in range(rows)
@@ -150,7 +156,7 @@ def dot_tile(
 
         def build_products(rows: int, sums: Any, index: Any) -> None:
             step = builder.mul(index, key_step)
-            _prefetch_tile(builder, builder.add(ahead, step), element)
+            prefetch_tile(builder, builder.add(ahead, step), element)
             at = builder.add(keys, step)
             read = _vectors_at(builder, at, element, vectors)
             at = builder.add(queries, builder.mul(index, query_step))
@@ -159,7 +165,7 @@ def dot_tile(
             ]
             _add_products(builder, sums, factors, read)
 
-        _for_rows(builder, num_rows, build)
+        for_rows(builder, num_rows, build)
         return context.get_dummy_value()
 
     return types.void(element, *[types.int64] * 8), generate
@@ -204,7 +210,7 @@ def add_tile(
             )
 
         def build(rows: int, vectors: int) -> None:
-            sums = _sums(builder, rows, vectors)
+            sums = build_sums(builder, rows, vectors)
             places = [
                 (place, builder.add(outputs, builder.mul(step, _LONG(row))), index)
                 for row in range(rows)
@@ -215,7 +221,7 @@ def add_tile(
                 builder.store(widened_from(builder, at, types.float32), place)
             with cgutils.for_range(builder, num_picked) as loop:
                 later = entry(builder.add(loop.index, _LONG(AHEAD)), 0)
-                _prefetch_tile(builder, builder.add(later, at_column), element)
+                prefetch_tile(builder, builder.add(later, at_column), element)
                 at = builder.add(entry(loop.index, 0), at_column)
                 read = _vectors_at(builder, at, element, vectors)
                 at = builder.add(weights, entry(loop.index, 1))
@@ -231,10 +237,64 @@ def add_tile(
         whole = builder.icmp_signed("==", width, _LONG(TILE))
         with builder.if_else(whole) as (wide, narrow):
             with wide:
-                _for_rows(builder, num_rows, lambda rows: build(rows, TILE // LANES))
+                for_rows(builder, num_rows, lambda rows: build(rows, TILE // LANES))
             with narrow:
                 half = TILE // LANES // 2
-                _for_rows(builder, num_rows, lambda rows: build(rows, half))
+                for_rows(builder, num_rows, lambda rows: build(rows, half))
         return context.get_dummy_value()
 
     return types.void(element, *[types.int64] * 8), generate
+
+
+@compiled
+def weigh_tile(
+    element: Any,
+    keys: int,
+    key_step: int,
+    size: int,
+    queries: int,
+    rows: int,
+    logits: int,
+    ahead: int,
+) -> None:
+    """As `dot_tile`, for any number of rows; their queries are fp32 [size, rows]."""
+    row = 0
+    while row < rows:
+        at_once, at = rows_at_once(rows - row), queries + 4 * row
+        to = logits + 4 * row * PART
+        dot_tile(element, keys, key_step, size, at, 4 * rows, at_once, to, ahead)
+        row += at_once
+
+
+@compiled
+def end_list(picked: int, count: int) -> None:
+    """Write behind `count` listed values what may be fetched ahead of need."""
+    last = read(picked, types.int64, 2 * max(count - 1, 0))
+    for index in range(count, count + AHEAD):
+        write(picked, types.int64, 2 * index, last)
+
+
+@compiled
+def add_values(
+    element: Any, picked: int, count: int, size: int, weights: int, rows: int, sums: int
+) -> None:
+    """Write the sums of `count` listed values, weighted: fp32 [rows, size]."""
+    for at in range(0, 4 * rows * size, 4 * LANES):
+        store(sums + at, splat(np.float32(0)))
+    for first in range(0, count, TILE):
+        for column in range(0, size, TILE):
+            row = 0
+            while row < rows:
+                at_once = rows_at_once(rows - row)
+                add_tile(
+                    element,
+                    picked + 16 * first,
+                    min(count - first, TILE),
+                    column,
+                    min(size - column, TILE),
+                    weights + 4 * row * PART,
+                    at_once,
+                    sums + 4 * row * size,
+                    4 * size,
+                )
+                row += at_once

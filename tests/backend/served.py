@@ -225,7 +225,7 @@ class Served:
         torch.testing.assert_close(output[-1], expected, atol=2e-5, rtol=1e-5)
         self.tasks = make_tasks(rows, table, stored, [0, num_new], BLOCK_SIZE)
         for task in self.tasks:
-            Layer(1, self.device.cache, self.ranks).perform(task, query)
+            Layer(1, self.device.cache, self.ranks).perform(task, query, output)
             num_freed = task.num_aged // BLOCK_SIZE
             self.poison(task.stored[:num_freed].tolist())
         step.end()

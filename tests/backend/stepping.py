@@ -4,7 +4,7 @@ import torch
 
 from vllm_avl.backend.request import Kernels
 from vllm_avl.backend.step import WorkerRequests
-from vllm_avl.backend.view import make_tasks, stored_table
+from vllm_avl.backend.view import make_tasks, stored_table, stored_table_on_cpu
 from vllm_avl.config import AVLConfig
 from vllm_avl.plan import Compaction, make_plan
 
@@ -82,6 +82,11 @@ class View:
         untouched = self.table.clone()
         self.stored = stored_table(self.rows, self.table, worker.block_size)
         assert self.stored.dtype == torch.int32
+        of_rows = self.table[: len(spans)]
+        sizes = worker.block_size, width
+        on_cpu = stored_table_on_cpu(self.rows, of_rows, *sizes)
+        assert on_cpu.dtype == torch.int32
+        assert torch.equal(on_cpu, self.stored[: len(spans)])
         self.starts = [0]
         for _, _, new in spans:
             self.starts.append(self.starts[-1] + new)

@@ -10,7 +10,6 @@ from vllm_avl.backend.selection import (
     Candidates,
     best_slots,
     best_slots_on_cpu,
-    rank,
 )
 
 INF, NAN = float("inf"), float("nan")
@@ -135,61 +134,3 @@ def test_a_budget_below_what_is_protected_is_kept():
 def test_what_does_not_compete_is_read_always():
     masks = core_of([3, 4], [[9, 4, 0, 3, 5]], [[0.0, 1.0]], 2)
     assert masks == [[True, False, True, False, True]]
-
-
-# The prompt's end.
-
-
-@st.composite
-def prompts(draw):
-    num_rankings, size = draw(st.integers(1, 3)), draw(st.integers(1, 12))
-    row = st.lists(SOME, min_size=size, max_size=size)
-    scores = [draw(row) for _ in range(num_rankings)]
-    core_scores = scores
-    if draw(st.booleans()):
-        core_scores = [draw(row) for _ in range(num_rankings)]
-    return scores, core_scores, draw(st.integers(0, size))
-
-
-def rank_by_hand(scores, core_scores, num_stored):
-    ranked = []
-    for stored_by, ordered_by in zip(scores, core_scores, strict=True):
-        order = sorted(range(len(stored_by)), key=lambda p: (-rated(stored_by[p]), p))
-        stored = order[:num_stored]
-        ranked.append(sorted(stored, key=lambda p: (-rated(ordered_by[p]), p)))
-    return ranked
-
-
-@settings(deadline=None)
-@given(case=prompts())
-def test_a_prompts_rows_are_ordered_as_two_sorts_would(case):
-    scores, core_scores, num_stored = case
-    stored_by = torch.tensor(scores)
-    ordered_by = stored_by if core_scores is scores else torch.tensor(core_scores)
-    ranked = rank(stored_by, ordered_by, num_stored, -1)
-    assert ranked.dtype == torch.int64
-    assert ranked.tolist() == rank_by_hand(*case)
-
-
-def test_the_best_come_first_and_of_equals_the_lower_position():
-    scores = torch.tensor([[1.0, 3.0, NAN, 3.0, INF, 0.0]])
-    assert rank(scores, scores, 6, 1).tolist() == [[4, 1, 3, 0, 5, 2]]
-    assert rank(scores, scores, 5, 1).tolist() == [[4, 1, 3, 0, 5]]
-
-
-def test_without_core_what_stays_is_in_the_order_of_the_prompt():
-    scores = torch.tensor([[1.0, 3.0, NAN, 3.0, INF, 0.0], [0, 0, 0, 0, 0, 1.0]])
-    assert rank(scores, scores, 3, 3).tolist() == [[1, 3, 4], [0, 1, 5]]
-    assert rank(scores, scores, 0, 0).tolist() == [[], []]
-
-
-def test_core_has_an_order_of_its_own_among_what_is_stored():
-    scores = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
-    core_scores = torch.tensor([[0.0, 1.0, 2.0, 9.0]])
-    assert rank(scores, core_scores, 3, 1).tolist() == [[2, 1, 0]]
-
-
-def test_of_many_equal_scores_the_lower_positions_stay():
-    few = torch.arange(200).remainder(3).float().unsqueeze(0)
-    best = rank(few, few, 120, 1).tolist()
-    assert best == rank_by_hand(few.tolist(), few.tolist(), 120)

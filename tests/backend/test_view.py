@@ -15,7 +15,7 @@ from stepping import (
 )
 
 from vllm_avl.backend.request import Kernels
-from vllm_avl.backend.view import make_tasks, stored_table
+from vllm_avl.backend.view import make_tasks, stored_table, stored_table_on_cpu
 
 ALL = pytest.mark.parametrize(
     "settings", [{}, CORE, CORE | TEXT], ids=["S", "SC", "SCT"]
@@ -368,6 +368,8 @@ def test_a_table_may_be_narrower_than_somebodys_private_blocks():
     step = worker.begin(("r", 130, 1))
     table = torch.arange(5, dtype=torch.int32).unsqueeze(0)
     stored = stored_table(step.rows(None), table, BLOCK_SIZE)
+    sizes = BLOCK_SIZE, table.shape[1]
+    assert torch.equal(stored_table_on_cpu(step.rows(None), table, *sizes), stored)
     assert stored[0, :4].tolist() == [*private, 4]
 
 
@@ -377,6 +379,8 @@ def test_what_lies_behind_a_table_is_not_looked_up():
     step = worker.begin(("r", PROMPT, 1))
     table = torch.arange(19, dtype=torch.int32).unsqueeze(0)
     stored = stored_table(step.rows(None), table, BLOCK_SIZE)
+    sizes = BLOCK_SIZE, table.shape[1]
+    assert torch.equal(stored_table_on_cpu(step.rows(None), table, *sizes), stored)
     assert stored.shape == table.shape
     assert stored[0].tolist() == [*private, *[18] * 9]
 
@@ -423,6 +427,8 @@ def test_rows_may_come_in_any_order_of_names():
     rows = step.rows(None)
     table = torch.arange(100, dtype=torch.int32).view(4, 25)
     stored = stored_table(rows, table, BLOCK_SIZE)
+    narrow = stored_table_on_cpu(rows, table, BLOCK_SIZE, 20)
+    assert torch.equal(narrow, stored[:, :20])
     for row, name in ((0, "c"), (2, "a"), (3, "b")):
         assert stored[row, :10].tolist() == private[name]
     assert torch.equal(stored[1], table[1])

@@ -31,11 +31,11 @@ ALONE = Ranks(lambda scores: scores, lambda scores, dim: scores)
 class DeviceCache(TritonCache):
     """A cache on a device whose kernels do nothing but name their results."""
 
-    def scores(self, query, blocks, num_tokens):
+    def scores(self, query, blocks, num_tokens, output=None):
         return torch.rand(NUM_HEADS, num_tokens, device=query.device)
 
-    def rank(self, scores, core_scores, num_stored, num_core):
-        shape = len(scores), num_stored
+    def rank(self, scores, core_scores, num_stored, num_core, candidates, fixed):
+        shape = len(scores), len(fixed) + num_stored
         return torch.zeros(shape, dtype=torch.int32, device=scores.device)
 
     def copy(
@@ -49,7 +49,7 @@ class DeviceCache(TritonCache):
 class WaitingCache(DeviceCache):
     """A cache that asks how many rows stay."""
 
-    def rank(self, scores, core_scores, num_stored, num_core):
+    def rank(self, scores, core_scores, num_stored, num_core, candidates, fixed):
         return (scores > core_scores.mean()).nonzero()[:, 1:].T
 
 
@@ -90,7 +90,7 @@ def answer(policy, cache, num_copied=0, lengths=range(PROMPT, PROMPT + 60), **se
         stored = stored_table(rows, table, BLOCK_SIZE)
         query = torch.rand(num_new, NUM_HEADS, HEAD_SIZE, device=DEVICE)
         for task in make_tasks(rows, table, stored, [0, num_new], BLOCK_SIZE):
-            Layer(1, cache, ALONE).perform(task, query)
+            Layer(1, cache, ALONE).perform(task, query, torch.empty_like(query))
         step.end()
     state = requests.running["r"]
     requests.update(["r"], (), {})

@@ -40,6 +40,19 @@ def test_a_picture_is_adaptive():
 
 
 @pytest.mark.parametrize(
+    ("unit", "num_rows"), [(None, 32), (160, 32), (690, 10), (698, 2), (350, 32)]
+)
+def test_rows_that_score_lie_behind_the_last_border_of_chunks(unit, num_rows):
+    planned = plan_request(request(IMAGE), AVLConfig(), 32, unit)
+    assert planned.num_scoring_rows == num_rows
+
+
+def test_a_lone_token_behind_the_last_border_of_chunks_is_stock():
+    alone = plan_request(request(IMAGE), AVLConfig(), 32, 699)
+    assert alone is Stock.NOTHING_TO_SAVE
+
+
+@pytest.mark.parametrize(
     ("features", "options", "reason"),
     [
         ([], {}, Stock.NO_VISION),
@@ -91,3 +104,14 @@ def test_the_window_reaches_back_to_the_last_pictures_first_placeholder():
     assert short.num_scoring_rows == 256
     late = [feature(5, 400), feature(650, 40)]
     assert plan_request(request(late), config, 32).num_scoring_rows == 50
+
+
+def test_no_row_of_a_picture_scores_where_chunks_may_not_end_in_one():
+    config = AVLConfig(policy="snapkv", observation_window=256)
+    whole = {"whole_pictures": True}
+    late = request([feature(5, 400), feature(450, 200)])
+    assert plan_request(late, config, 32).num_scoring_rows == 250
+    assert plan_request(late, config, 32, **whole).num_scoring_rows == 50
+    lone = request([feature(5, 400), feature(499, 200)])
+    assert plan_request(lone, config, 32).num_scoring_rows == 201
+    assert plan_request(lone, config, 32, **whole) is Stock.NOTHING_TO_SAVE

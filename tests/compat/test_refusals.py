@@ -8,11 +8,15 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    RSWASpec,
+    SlidingWindowSpec,
+)
 from vllm_avl.kernels.cpu.vectors import ELEMENTS
 
 from vllm_avl import support
-from vllm_avl.cache.spec import AVLSpec
+from vllm_avl.cache.spec import AVLSpec, our_group
 from vllm_avl.config import AVLConfig
 from vllm_avl.support import UnsupportedError
 
@@ -83,6 +87,7 @@ def settings(**changes):
             "is_encoder_decoder": False,
             "is_mm_prefix_lm": False,
         },
+        "device_config": {"device_type": "cuda"},
         "speculative_config": None,
         "parallel_config": {
             "pipeline_parallel_size": 1,
@@ -218,15 +223,29 @@ def spec(kind, **fields):
 def test_cache_groups():
     ours, plain = spec(AVLSpec), spec(FullAttentionSpec)
     window = spec(SlidingWindowSpec, sliding_window=64)
-    support.check_groups([ours], AVLSpec)
-    for groups, named in (
-        ([ours, window], "a SlidingWindowSpec group"),
-        ([plain], "a FullAttentionSpec group"),
-        ([ours, ours], "and this one has 2"),
-        ([], "and this one has 0"),
+    assert our_group(groups_of(ours)) == 0
+    assert our_group(groups_of(window, ours, window)) == 1
+    for config, named in (
+        (groups_of(ours, plain), "a FullAttentionSpec group"),
+        (groups_of(ours, spec(RSWASpec, rswa_window=64)), "a RSWASpec group"),
+        (groups_of(window), "and this one has 0"),
+        (groups_of(ours, window, ours), "and this one has 2"),
+        (groups_of(), "and this one has 0"),
     ):
         with pytest.raises(UnsupportedError, match=named):
-            support.check_groups(groups, AVLSpec)
+            our_group(config)
+
+
+def test_other_cache_groups_have_been_tried_on_cpus_only(monkeypatch):
+    window = spec(SlidingWindowSpec, sliding_window=64)
+    monkeypatch.setattr(current_platform.__class__, "is_cpu", lambda self: False)
+    with pytest.raises(UnsupportedError, match="this model has a SlidingWindowSpec"):
+        our_group(groups_of(window, spec(AVLSpec)))
+
+
+def groups_of(*specs):
+    groups = [SimpleNamespace(kv_cache_spec=each) for each in specs]
+    return SimpleNamespace(kv_cache_groups=groups)
 
 
 def test_layers_that_are_not_numbered():

@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
@@ -11,7 +12,7 @@ from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_avl.compat import patches, platform, registry, versions, worker_patches
-from vllm_avl.compat.seam import Patch, Seam
+from vllm_avl.compat.seam import Patch, Seam, unmet_by
 from vllm_avl.plugin import register
 from vllm_avl.support import UnsupportedError
 
@@ -51,6 +52,13 @@ def test_a_worker_refuses_a_vllm_that_does_not_fit(monkeypatch):
     monkeypatch.setattr(worker_patches, "SEAMS", (gone,))
     worker_patches.apply_all.cache_clear()
     with pytest.raises(UnsupportedError, match=r"object.gone is gone; install a"):
+        worker_patches.apply_all()
+
+
+def test_a_worker_refuses_a_vllm_that_asks_for_more(monkeypatch):
+    monkeypatch.setattr(worker_patches, "OURS", (Subclass,))
+    worker_patches.apply_all.cache_clear()
+    with pytest.raises(UnsupportedError, match="Subclass lacks new; install a"):
         worker_patches.apply_all()
 
 
@@ -133,6 +141,44 @@ def test_changed_and_missing_functions_are_found():
     changed = Seam(Upstream, "build", ("self", "one"), "").mismatch()
     assert "Upstream.build takes ('self', 'one', 'two')" in changed
     assert Seam(Upstream, "gone", (), "").mismatch() == "Upstream.gone is gone"
+
+
+def test_a_seam_may_fit_several_versions():
+    class Upstream:
+        def build(self, one, two): ...
+
+    other = (("self", "one", "two"),)
+    assert Seam(Upstream, "build", ("self", "one"), "", also=other).mismatch() is None
+    neither = Seam(Upstream, "build", ("self",), "", also=(("one",),)).mismatch()
+    assert neither.endswith("not ('self',) or ('one',)")
+
+
+class Upstream(ABC):
+    """A class of vLLM's that has got new methods."""
+
+    @abstractmethod
+    def old(self): ...
+
+    @abstractmethod
+    def new(self): ...
+
+
+class Subclass(Upstream):
+    def old(self): ...
+
+
+def test_methods_that_vllm_asks_for_anew_are_found():
+    assert unmet_by([Upstream, Subclass, int]) == [
+        "Upstream lacks new, old",
+        "Subclass lacks new",
+    ]
+
+
+@pytest.mark.parametrize("module", [patches, worker_patches])
+def test_they_are_looked_for_in_what_is_ours(module, monkeypatch):
+    assert module.mismatches() == []
+    monkeypatch.setattr(module, "OURS", (*module.OURS, Subclass))
+    assert module.mismatches() == ["Subclass lacks new"]
 
 
 def test_every_seam_says_why_and_every_patch_when_it_can_go():

@@ -17,7 +17,7 @@ from vllm_avl.metrics.definitions import (
     Stock,
     key,
 )
-from vllm_avl.metrics.summary import Summary, describe_settings
+from vllm_avl.metrics.summary import Summary, describe_blocks, describe_settings
 
 
 @pytest.fixture
@@ -142,3 +142,10 @@ def test_collectors_are_what_prometheus_makes(registry):
     for kind, metrics in kinds.items():
         for metric in metrics:
             assert isinstance(collectors._collectors()[metric.name], kind)
+
+
+def test_large_blocks_free_little():
+    line = describe_blocks(AVLConfig(), 32)
+    assert "blocks of 32 tokens" in line
+    assert "1000 tokens gives 15 of 34 blocks back, with four 62 of 127" in line
+    assert "gives 0 of 3 blocks back" in describe_blocks(AVLConfig(), 528)

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from vllm_avl.kernels.cpu import rank_rows
 
 from vllm_avl.backend.rows import LayerRows
-from vllm_avl.backend.selection import Candidates, best_slots, rank
+from vllm_avl.backend.selection import Candidates, best_slots
 from vllm_avl.config import AVLConfig, parse_config
 from vllm_avl.policies import POLICIES, TokenView
 
@@ -83,7 +84,8 @@ def test_every_policy_spends_the_same(name):
     policy = POLICIES[name]
     view = view_for(policy)
     scores = POLICIES[name].score(view)
-    kept = rank(scores, scores, 30, 20)
+    nothing = torch.empty(0, dtype=torch.int64)
+    kept = rank_rows(scores, scores, 30, 20, view.positions, nothing).long()
     rows = LayerRows(0, kept)
     candidates = Candidates(view.positions, rows, int(view.positions[-1]) + 1)
     by_slot = candidates.by_slot(scores)
@@ -174,20 +176,23 @@ def test_snapkv_does_not_count_what_observing_tokens_pay_each_other():
     assert POLICIES["snapkv"].score(view)[0, :45].eq(0).all()
 
 
-def test_fastv_ranks_by_layer_1_in_all_layers_behind_it():
+@pytest.mark.parametrize("layers", [range(4), (5, 11, 17, 23)], ids=["all", "hybrid"])
+def test_fastv_ranks_by_the_second_adapted_layer_in_all_behind_it(layers):
     memo, own = {}, torch.rand(4, 1, 60)
-    scores = [
-        POLICIES["fastv"].score(view_of(layer=layer, attention=own[layer], memo=memo))
-        for layer in range(4)
-    ]
-    for score, ranking_layer in zip(scores, [0, 1, 1, 1], strict=True):
-        assert torch.equal(score, own[ranking_layer])
+    for _core in range(2):
+        scores = [
+            POLICIES["fastv"].score(view_of(layer=layer, attention=paid, memo=memo))
+            for layer, paid in zip(layers, own, strict=True)
+        ]
+        for score, ranking in zip(scores, [0, 1, 1, 1], strict=True):
+            assert torch.equal(score, own[ranking])
 
 
 def test_fastv_requests_do_not_share_a_ranking():
     for seed in range(2):
         memo, own = {}, torch.full((1, 60), float(seed))
-        POLICIES["fastv"].score(view_of(attention=own, memo=memo))
+        POLICIES["fastv"].score(view_of(layer=0, memo=memo))
+        POLICIES["fastv"].score(view_of(layer=1, attention=own, memo=memo))
         later = POLICIES["fastv"].score(view_of(layer=2, memo=memo))
         assert torch.equal(later, own)
 

@@ -44,8 +44,8 @@ def install() -> None:
 
     kernels.install(COMPILE_ONLY)
     cuda.install()
-    graphs.install()
     platform.install()
+    graphs.install()
     ops.install()
     if FLASH:
         flash.install()

@@ -20,12 +20,13 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_avl.backend.cpu_cache import KEYS_BY_COLUMN, CPUCache
+from vllm_avl.backend.cpu_prompts import leave_scoring_rows
 from vllm_avl.backend.layer import Layer
 from vllm_avl.backend.ranks import RANKS
 from vllm_avl.backend.request import Task
 from vllm_avl.backend.seats import Seats, SeatTable
 from vllm_avl.backend.step import StepRows, current_step
-from vllm_avl.backend.view import make_tasks, stored_table
+from vllm_avl.backend.view import make_tasks, stored_table_on_cpu
 from vllm_avl.cache.spec import AVLSpec, adapt
 from vllm_avl.kernels.cpu.attention import DecodeRows
 from vllm_avl.support import check_layer, check_layer_names, check_spec
@@ -85,17 +86,20 @@ class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
         rows = step.rows(common)
         # What lies behind the longest request is read by nobody.
         width = -(-common.max_seq_len // self.block_size)
-        block_table = common.block_table_tensor[:, :width]
-        stored = stored_table(rows, block_table, self.block_size)
-        first = torch.from_numpy(rows.first_block * self.block_size)
-        seq_lens = (common.seq_lens - first).to(torch.int32)
+        block_table = common.block_table_tensor
+        stored = stored_table_on_cpu(rows, block_table, self.block_size, width)
+        in_front = rows.first_block * self.block_size
+        seq_lens = (common.seq_lens.numpy() - in_front).astype(np.int32)
         attended = _attended(rows, stored, seq_lens, common.query_start_loc_cpu)
         # vLLM's kernel must be given something for the rows that are ours.
-        read = seq_lens.clone()
-        read[torch.from_numpy(rows.is_attended)] = 1
+        read = np.where(rows.is_attended, np.int32(1), seq_lens)
         shifted = common.replace(
-            seq_lens=read, block_table_tensor=stored, max_seq_len=int(read.max())
+            seq_lens=torch.from_numpy(read),
+            block_table_tensor=stored,
+            max_seq_len=int(read.max()),
         )
+        if step.ends_prompt.any():
+            shifted = leave_scoring_rows(rows, shifted)
         metadata = super().build(common_prefix_len, shifted, fast_build)
         tasks = []
         if rows.with_python:
@@ -108,7 +112,7 @@ class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
 def _attended(
     rows: StepRows,
     stored: torch.Tensor,
-    seq_lens: torch.Tensor,
+    seq_lens: npt.NDArray[np.int32],
     query_start_loc: torch.Tensor,
 ) -> AttendedRows | None:
     """Return the rows that our kernel attends, None for none of them.
@@ -116,19 +120,19 @@ def _attended(
     Args:
         rows: of the step.
         stored: [num_reqs, max_blocks] int32, see `view.stored_table`.
-        seq_lens: [num_reqs] int32 slots of what is stored.
+        seq_lens: [num_reqs] slots of what is stored.
         query_start_loc: [num_reqs + 1] index of each row's first token.
     """
     found = np.flatnonzero(rows.is_attended)
     if not len(found):
         return None
     is_whole_step = len(found) == len(rows.index)
-    of = rows.of[found]
+    of = rows.of if is_whole_step else rows.of[found]
     masked = np.where(rows.reads_all[found], 0, of["num_masked"])
     decode_rows = DecodeRows(
         query_start_loc.numpy()[found].astype(np.int64),
         stored if is_whole_step else stored[torch.from_numpy(found)],
-        seq_lens.numpy()[found].astype(np.int64),
+        seq_lens[found].astype(np.int64),
         masked,
         of["mask_stride"],
         rows.scores[found],
@@ -195,7 +199,7 @@ class AVLImpl(CPUAttentionBackendImpl):
             cache.attend(query, attended.rows, attended.masks(index), output)
         layer = Layer(index, cache, RANKS)
         for task in metadata.tasks:
-            layer.perform(task, query)
+            layer.perform(task, query, output)
 
 
 class AVLBackend(CPUAttentionBackend):

@@ -10,9 +10,10 @@ import torch
 
 from vllm_avl.backend.request import Task
 from vllm_avl.backend.rows import LayerRows, Mask
-from vllm_avl.backend.selection import best_slots_on_cpu, rank
+from vllm_avl.backend.selection import best_slots_on_cpu
 from vllm_avl.kernels.cpu.attention import DecodeRows, selected_attention
 from vllm_avl.kernels.cpu.copy_rows import copy_rows
+from vllm_avl.kernels.cpu.rank_rows import rank_rows
 from vllm_avl.kernels.cpu.scores import attention_scores
 
 KEYS_BY_COLUMN = ("vec", "vec16")
@@ -56,12 +57,15 @@ class CPUCache:
         self.seen_by.update({int(rows.tokens[row]): paid for row, paid in seen.items()})
 
     def scores(
-        self, query: torch.Tensor, blocks: torch.Tensor, num_tokens: int
+        self,
+        query: torch.Tensor,
+        blocks: torch.Tensor,
+        num_tokens: int,
+        output: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `kernels.cpu.attention_scores`."""
-        return attention_scores(
-            query, self.halves, blocks, num_tokens, self.scale, self.soft_cap
-        )
+        numbers = num_tokens, self.scale, self.soft_cap
+        return attention_scores(query, self.halves, blocks, *numbers, output)
 
     def seen(self, task: Task, num_slots: int) -> torch.Tensor:
         """[num_heads, num_slots] attention of a row that our kernel has attended."""
@@ -73,9 +77,12 @@ class CPUCache:
         core_scores: torch.Tensor,
         num_stored: int,
         num_core: int,
+        candidates: torch.Tensor,
+        fixed: torch.Tensor,
     ) -> torch.Tensor:
-        """As `backend.selection.rank`."""
-        return rank(scores, core_scores, num_stored, num_core)
+        """As `kernels.cpu.rank_rows`."""
+        counts = num_stored, num_core
+        return rank_rows(scores, core_scores, *counts, candidates, fixed)
 
     def best(
         self,

@@ -298,7 +298,7 @@ class CUDAImpl(AttentionImpl[Any]):
             )
         work = Layer(extract_layer_index(name), cache, RANKS)
         for task in ours.tasks:
-            work.perform(task, query)
+            work.perform(task, query, output)
         return output
 
 

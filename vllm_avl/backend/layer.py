@@ -24,7 +24,11 @@ class Cache(Protocol):
         """KV heads of this rank."""
 
     def scores(
-        self, query: torch.Tensor, blocks: torch.Tensor, num_tokens: int
+        self,
+        query: torch.Tensor,
+        blocks: torch.Tensor,
+        num_tokens: int,
+        output: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[num_heads, num_tokens] attention of a sequence's last rows, summed, fp32.
 
@@ -32,6 +36,8 @@ class Cache(Protocol):
             query: [num_rows, num_heads, head_size].
             blocks: block ids of the sequence, int32.
             num_tokens: keys of the sequence.
+            output: as query, what the rows attend to, if the step's attention has left
+                that to us; None where it never does.
         """
 
     def seen(self, task: Task, num_slots: int) -> torch.Tensor:
@@ -48,14 +54,18 @@ class Cache(Protocol):
         core_scores: torch.Tensor,
         num_stored: int,
         num_core: int,
+        candidates: torch.Tensor,
+        fixed: torch.Tensor,
     ) -> torch.Tensor:
-        """[num_rankings, num_stored] candidates that stay, those of core first.
+        """[num_rankings, num_fixed + num_stored] int32 positions: fixed, core, others.
 
         Args:
             scores: [num_rankings, num_candidates] fp32, which of them stay.
             core_scores: as scores, which of those are core.
             num_stored: how many stay.
             num_core: how many of those are core.
+            candidates: [num_candidates] positions, ascending, int64.
+            fixed: [num_fixed] positions that stay in any case, int64.
         """
 
     def best(
@@ -115,17 +125,18 @@ class Layer:
     cache: Cache
     ranks: Ranks
 
-    def perform(self, task: Task, query: torch.Tensor) -> None:
+    def perform(self, task: Task, query: torch.Tensor, output: torch.Tensor) -> None:
         """Do what `task` asks of this layer.
 
         Args:
             task: of one request.
             query: [num_tokens, num_heads, head_size] of the step.
+            output: as query, the step's attention.
         """
         timed = task.state.timed
         if task.prompt is not None:
             with timed(Stage.SCORING):
-                attention = self._score_prompt(task, query)
+                attention = self._score_prompt(task, query, output)
             with timed(Stage.COMPACTION):
                 self._store(task, attention)
         elif task.scores:
@@ -137,31 +148,30 @@ class Layer:
 
     # The prompt's end.
 
-    def _score_prompt(self, task: Task, query: torch.Tensor) -> torch.Tensor:
+    def _score_prompt(
+        self, task: Task, query: torch.Tensor, output: torch.Tensor
+    ) -> torch.Tensor:
         """[num_heads, num_prompt_tokens] attention from the scoring rows."""
         plan = task.state.plan
-        rows = query[task.query_end - plan.num_scoring_rows : task.query_end]
+        rows = slice(task.query_end - plan.num_scoring_rows, task.query_end)
         assert task.prompt is not None
-        return self.cache.scores(rows, task.prompt, plan.num_prompt_tokens)
+        return self.cache.scores(
+            query[rows], task.prompt, plan.num_prompt_tokens, output[rows]
+        )
 
     def _store(self, task: Task, attention: torch.Tensor) -> None:
         """Copy what stays to the request's own blocks, and select core."""
         state, plan = task.state, task.state.plan
-        kept = self._rank_prompt(task, attention)
+        order = self._rank_prompt(task, attention)
         if plan.moves_rows:
-            positions = self._with_fixed(state, kept)
-            self._copy(task, positions.to(torch.int32))
-            is_core = torch.arange(plan.num_stored_rows, device=kept.device)
-            mask = (is_core < plan.num_core_rows).unsqueeze(0)
+            self._copy(task, order)
         else:
-            positions = torch.arange(plan.num_full_tokens, device=kept.device)[None]
-            self._copy_shared(task, positions.to(torch.int32))
-            core = kept[:, : kept.shape[1] - plan.num_secondary_rows]
-            mask = torch.zeros_like(positions, dtype=torch.bool)
-            mask = mask.repeat(len(kept), 1)
-            mask.scatter_(1, self._with_fixed(state, core), True)
+            self._copy_shared(task)
         if not state.remembers_rows:
             return
+        positions = order.to(torch.int64)
+        if not plan.moves_rows:
+            positions = torch.arange(plan.num_full_tokens, device=order.device)[None]
         rows = LayerRows(plan.first_stored_block * plan.block_size, positions)
         if state.splits_heads:
             rows.split_heads(self.cache.num_kv_heads)
@@ -173,21 +183,38 @@ class Layer:
             rows.sums = by_kv_head.gather(1, index)
         state.layers[self.index] = rows
         if plan.has_core:
-            self._select(task, rows, mask)
+            self._select(task, rows, self._first_core(task, order))
+
+    def _first_core(self, task: Task, order: torch.Tensor) -> torch.Tensor:
+        """[num_rankings, num_slots] what is core of rows in an order, the best first.
+
+        Args:
+            task: of the request.
+            order: see `_rank_prompt`.
+        """
+        plan = task.state.plan
+        if plan.moves_rows:
+            index = torch.arange(order.shape[1], device=order.device)
+            return (index < plan.num_core_rows).unsqueeze(0)
+        core = order[:, : order.shape[1] - plan.num_secondary_rows]
+        mask = torch.zeros_like(order, dtype=torch.bool)
+        return mask.scatter_(1, core.to(torch.int64), True)
 
     def _rank_prompt(self, task: Task, attention: torch.Tensor) -> torch.Tensor:
-        """[num_rankings, num_kept] positions that stay of the ranked, core first."""
+        """[num_rankings, num_stored_rows] int32 positions of what stays.
+
+        What no policy ranks comes first, then core.
+        """
         state, plan = task.state, task.state.plan
-        num_ranked, candidates = state.num_candidates, state.candidates
+        num_ranked = state.num_candidates
         num_kept = num_ranked - plan.first_stored_block * plan.block_size
         if num_kept == num_ranked and not plan.has_core:
-            return candidates.unsqueeze(0)
+            order = torch.cat([state.fixed, state.candidates])
+            return order.to(torch.int32).unsqueeze(0)
         num_core = num_kept - plan.num_secondary_rows if plan.has_core else num_kept
-        scores, core_scores = self._score_candidates(
-            task, attention, num_kept, num_core
-        )
-        chosen = self.cache.rank(scores, core_scores, num_kept, num_core)
-        return candidates[chosen.to(torch.int64)]
+        scores = self._score_candidates(task, attention, num_kept, num_core)
+        positions = state.candidates, state.fixed
+        return self.cache.rank(*scores, num_kept, num_core, *positions)
 
     def _score_candidates(
         self, task: Task, attention: torch.Tensor, num_kept: int, num_core: int
@@ -217,17 +244,13 @@ class Layer:
             return scores, scores
         return scores, self._scores(task, ranked, sums, held, num_core)
 
-    def _with_fixed(self, state: RequestState, ranked: torch.Tensor) -> torch.Tensor:
-        """Put positions that no policy ranks in front of `ranked` ones."""
-        return torch.cat([state.fixed.expand(len(ranked), -1), ranked], 1)
-
     def _copy(self, task: Task, order: torch.Tensor) -> None:
         """Copy the prompt's rows, in `order`, to the first stored slots."""
         assert task.prompt is not None
         in_place = task.state.compaction.in_place
         self.cache.copy(task.prompt, order, task.stored, in_place=in_place)
 
-    def _copy_shared(self, task: Task, slots: torch.Tensor) -> None:
+    def _copy_shared(self, task: Task) -> None:
         """Copy whole blocks that must not be shared: those with a copy to go to."""
         compaction = task.state.compaction
         if not compaction.num_copied:
@@ -237,6 +260,8 @@ class Layer:
         size = compaction.num_copied * num_blocks // len(compaction.block_ids)
         differs = task.prompt[:num_blocks] != task.stored[:num_blocks]
         copied = torch.nonzero_static(differs, size=size).flatten()
+        num_slots, device = task.state.plan.num_full_tokens, task.prompt.device
+        slots = torch.arange(num_slots, dtype=torch.int32, device=device)
         slots = slots.view(num_blocks, -1)[copied].view(1, -1)
         self.cache.copy(task.prompt, slots, task.stored, slots)
 

@@ -246,7 +246,7 @@ class RequestState:
         self.counts.count(key("seconds", stage), perf_counter() - start)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Task:
     """What Python has to do for one request in a step, layer by layer."""
 
@@ -255,9 +255,8 @@ class Task:
     """Index behind the request's last token in the step."""
     num_tokens: int
     """Length after the step."""
-    stored: torch.Tensor
-    """[num_blocks] int32, as the kernel counts blocks: [private | partial block |
-    answer] as it lies behind the step."""
+    stored_in: tuple[torch.Tensor, int, int]
+    """A table that `stored` is in, its row of it, and how many blocks it has."""
     start: int
     """Tokens in front of the first stored slot."""
     scores: bool
@@ -270,6 +269,15 @@ class Task:
     """[num_blocks] int32, where the prompt lies, in the step that ends it."""
     num_private: int = 0
     """Blocks at the head of `stored` that kept rows go to at the prompt's end."""
+
+    @cached_property
+    def stored(self) -> torch.Tensor:
+        """[num_blocks] int32, as the kernel counts blocks.
+
+        [private | partial block | answer] as it lies behind the step.
+        """
+        table, row, num_blocks = self.stored_in
+        return table[row, :num_blocks].contiguous()
 
     @property
     def last(self) -> int:

@@ -102,48 +102,6 @@ def best_slots_on_cpu(
     return torch.from_numpy(~(worst | equal))
 
 
-def rank(
-    scores: torch.Tensor, core_scores: torch.Tensor, num_stored: int, num_core: int
-) -> torch.Tensor:
-    """Order the tokens that stay, on a CPU; of equals, the lower position is better.
-
-    Args:
-        scores: [num_rankings, num_candidates], which of them stay.
-        core_scores: as scores, their order among those.
-        num_stored: how many stay.
-        num_core: how many of those are core.
-
-    Returns:
-        [num_rankings, num_stored] candidates, int64: the best first where there is
-        core, which then lies in blocks of its own until refreshes scatter it;
-        ascending where there is none.
-    """
-    if core_scores is scores and num_core < num_stored:
-        return _best_first(scores)[:, :num_stored]
-    stored = _best(scores, num_stored)
-    if num_core == num_stored:
-        return stored
-    return stored.gather(1, _best_first(core_scores.gather(1, stored)))
-
-
-def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """[num_rankings, count] candidates with the highest scores, ascending."""
-    numbers = _numbers(scores).numpy()
-    if not count:
-        return torch.empty(len(scores), 0, dtype=torch.int64)
-    least = np.partition(numbers, -count, axis=1)[:, -count, None]
-    best = numbers >= least
-    if np.count_nonzero(best) > count * len(best):
-        above, equal = numbers > least, numbers == least
-        lacking = count - above.sum(1, keepdims=True)
-        best = above | (equal & (equal.cumsum(1) <= lacking))
-    return torch.from_numpy(np.nonzero(best)[1].reshape(-1, count))
-
-
-def _best_first(scores: torch.Tensor) -> torch.Tensor:
-    return torch.sort(_numbers(scores), dim=1, descending=True, stable=True).indices
-
-
 def _numbers(scores: torch.Tensor) -> torch.Tensor:
     """Let scores that are no numbers be the lowest, and infinite ones finite.
 

@@ -215,8 +215,10 @@ class StepRows:
     """[num_rows] where a row stands in the step's arrays; -1 where it is stock's."""
 
     def __post_init__(self) -> None:
-        step = self.step
-        self.is_ours = self.index >= 0
+        step, index = self.step, self.index
+        self.is_ours = index >= 0
+        places = np.arange(len(step.seats))
+        self._is_whole = len(index) == len(places) and bool((index == places).all())
         self.seats = self._pick(step.seats)
         answers = self.is_ours & ~self._pick(step.ends_prompt)
         of = self.of = self._pick(step.of)
@@ -234,7 +236,7 @@ class StepRows:
         self.in_pass = self.is_ours & self._pick(step.in_pass)
 
     def _pick(self, values: npt.NDArray) -> npt.NDArray:
-        return values[self.index]
+        return values if self._is_whole else values[self.index]
 
     @cached_property
     def with_python(self) -> list[tuple[int, int]]:

@@ -68,9 +68,13 @@ class TritonCache:
         return self.kv_cache[..., self.head_size :]
 
     def scores(
-        self, query: torch.Tensor, blocks: torch.Tensor, num_tokens: int
+        self,
+        query: torch.Tensor,
+        blocks: torch.Tensor,
+        num_tokens: int,
+        output: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `kernels.gpu.vision_scores`."""
+        """As `kernels.gpu.vision_scores`; the step has attended all rows."""
         return vision_scores(
             query, self.keys, blocks, num_tokens, self.scale, self.soft_cap
         )
@@ -92,9 +96,14 @@ class TritonCache:
         core_scores: torch.Tensor,
         num_stored: int,
         num_core: int,
+        candidates: torch.Tensor,
+        fixed: torch.Tensor,
     ) -> torch.Tensor:
-        """As `kernels.gpu.rank_rows`."""
-        return rank_rows(scores, core_scores, num_stored, num_core)
+        """By `kernels.gpu.rank_rows`."""
+        chosen = rank_rows(scores, core_scores, num_stored, num_core)
+        positions = candidates[chosen.to(torch.int64)]
+        order = torch.cat([fixed.expand(len(chosen), -1), positions], 1)
+        return order.to(torch.int32)
 
     def best(
         self,

@@ -57,10 +57,37 @@ def stored_table(
     return out
 
 
+def stored_table_on_cpu(
+    rows: StepRows, block_table: torch.Tensor, block_size: int, width: int
+) -> torch.Tensor:
+    """As `stored_table`, of the first `width` columns, without padding rows.
+
+    In NumPy: a call of torch costs more than its work on so little data.
+    """
+    seats = rows.step.requests.seats
+    per_block = rows.step.requests.block_size // block_size
+    num_rows, stride = block_table.shape
+    columns = np.arange(width)
+    first = rows.first_block[:, None] * per_block
+    shifted = np.minimum(columns + first, stride - 1)
+    shifted += np.arange(0, num_rows * stride, stride)[:, None]
+    stored = block_table.numpy().ravel().take(shifted)
+    most = int(rows.num_private.max(initial=0))
+    private = seats.private.numpy()[:, :most][rows.seats]
+    if per_block > 1:
+        parts = np.arange(per_block, dtype=np.int32)
+        private = (private[:, :, None] * per_block + parts).reshape(num_rows, -1)
+    private = private[:, :width]
+    columns = columns[: private.shape[1]]
+    is_private = columns < rows.num_private[:, None] * per_block
+    np.copyto(stored[:, : len(columns)], private, where=is_private)
+    return torch.from_numpy(stored)
+
+
 def make_tasks(
     rows: StepRows,
     block_table: torch.Tensor,
-    stored: torch.Tensor,
+    stored_blocks: torch.Tensor,
     query_starts: Sequence[int],
     block_size: int,
 ) -> list[Task]:
@@ -69,42 +96,51 @@ def make_tasks(
     Args:
         rows: of the step.
         block_table: [num_reqs, max_blocks] int32, the runner's.
-        stored: [num_reqs, max_blocks] int32, see `stored_table`.
+        stored_blocks: [num_reqs, max_blocks] int32, see `stored_table`.
         query_starts: index of each row's first token, and of the last one's end.
         block_size: the kernel's.
     """
-    step, tasks = rows.step, []
-    per_block = step.requests.block_size // block_size
+    if not rows.with_python:
+        return []
+    step = rows.step
+    tasks: list[Task] = []
+    manager_size = step.requests.block_size
+    per_block = manager_size // block_size
+    num_tokens, ends = step.num_tokens.tolist(), step.ends_prompt.tolist()
+    first_block, ages = step.of["first_block"].tolist(), step.ages.tolist()
+    scores, attended = rows.scores.tolist(), rows.is_attended.tolist()
     for row, index in rows.with_python:
-        state, num_tokens = step.state(index), int(step.num_tokens[index])
-        plan, ends = state.plan, bool(step.ends_prompt[index])
-        if ends and num_tokens != plan.num_prompt_tokens:
-            raise RuntimeError("a chunk crossed its prompt's end")
-        first = int(step.of["first_block"][index])
-        num_blocks = -(-num_tokens // block_size)
-        gone = first - plan.first_stored_block
-        num_aged = plan.num_evicted_text_blocks(num_tokens) - gone
+        state, length = step.state(index), num_tokens[index]
+        first = first_block[index]
+        num_blocks = -(-length // block_size)
+        num_aged = 0
+        if ages[index]:
+            gone = first - state.plan.first_stored_block
+            num_aged = state.plan.num_evicted_text_blocks(length) - gone
         prompt, num_private = None, 0
-        if ends:
+        if ends[index]:
+            if length != state.plan.num_prompt_tokens:
+                raise RuntimeError("a chunk crossed its prompt's end")
             prompt = block_table[row, :num_blocks].contiguous()
             private = _private(state.compaction.block_ids, per_block, prompt)
             num_private = len(private)
-            behind = prompt[plan.num_full_blocks * per_block :]
-            blocks = torch.cat([private, behind])
+            behind = prompt[state.plan.num_full_blocks * per_block :]
+            table = torch.cat([private, behind]).unsqueeze(0)
+            stored = table, 0, table.shape[1]
         else:
-            blocks = stored[row, : num_blocks - first * per_block].contiguous()
+            stored = stored_blocks, row, num_blocks - first * per_block
         tasks.append(
             Task(
                 state,
                 query_starts[row + 1],
-                num_tokens,
-                blocks,
-                first * plan.block_size,
-                scores=bool(rows.scores[row]),
-                attended=bool(rows.is_attended[row]),
-                num_aged=num_aged * plan.block_size,
-                prompt=prompt,
-                num_private=num_private,
+                length,
+                stored,
+                first * manager_size,
+                scores[row],
+                attended[row],
+                num_aged * manager_size,
+                prompt,
+                num_private,
             )
         )
     return tasks

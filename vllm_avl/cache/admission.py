@@ -16,11 +16,26 @@ from vllm_avl.policies import POLICIES
 VISION_MODALITIES = ("image", "video")
 
 
-def plan_request(request: Request, config: AVLConfig, block_size: int) -> Plan | Stock:
+def plan_request(
+    request: Request,
+    config: AVLConfig,
+    block_size: int,
+    chunk_unit: int | None = None,
+    *,
+    whole_pictures: bool = False,
+) -> Plan | Stock:
     """Plan `request`, or say why it is served exactly as stock.
 
     One output token is scoring, beam search and prefill only. Requests with n > 1
     reach the scheduler with `avl: 0`.
+
+    Args:
+        request: that wants blocks.
+        config: the server's.
+        block_size: tokens a block of ours holds.
+        chunk_unit: tokens at multiples of which vLLM ends a prompt's chunks, the last
+            one before its end, too; None where it ends them anywhere.
+        whole_pictures: whether no chunk may end inside an encoder input.
     """
     params = request.sampling_params
     if params is None:
@@ -39,7 +54,13 @@ def plan_request(request: Request, config: AVLConfig, block_size: int) -> Plan |
     if not POLICIES[config.policy].adapts:
         return Stock.POLICY_FULL
     # Of any modality: the last chunk waits for one encoder output only.
-    last_encoded = max(f.mm_position.offset for f in request.mm_features)
+    places = [feature.mm_position for feature in request.mm_features]
+    last_encoded = max(place.offset for place in places)
+    if whole_pictures:
+        last_encoded = max(place.offset + place.length for place in places)
+    if chunk_unit is not None:
+        last = request.num_prompt_tokens - 1
+        last_encoded = max(last_encoded, last // chunk_unit * chunk_unit)
     if request.num_prompt_tokens - last_encoded < 2:
         # A chunk could end in front of it, and leave a lone last token.
         return Stock.NOTHING_TO_SAVE

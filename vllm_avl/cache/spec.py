@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    MambaSpec,
+    SlidingWindowSpec,
+    replace_as,
+)
+
+from vllm_avl.support import find_group
+
+OTHERS = (SlidingWindowSpec, MambaSpec)
+"""Of groups that may lie beside ours, and stay as vLLM has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,3 +28,15 @@ class AVLSpec(FullAttentionSpec):
 def adapt(spec: AttentionSpec) -> AttentionSpec:
     """Return `spec` as ours; anything but plain full attention passes unchanged."""
     return replace_as(spec, AVLSpec) if type(spec) is FullAttentionSpec else spec
+
+
+def our_group(kv_cache_config: KVCacheConfig) -> int:
+    """Return the index of the cache group whose layers are adapted.
+
+    Raises:
+        UnsupportedError: there is none, or one beside it that must not be.
+    """
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    # Elsewhere no model with several kinds of layers has been tried.
+    others = OTHERS if current_platform.is_cpu() else ()
+    return find_group(specs, AVLSpec, others)

@@ -12,12 +12,14 @@ from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.multimodal.cache import LruKeyReplicatedSenderCache
 from vllm.platforms import current_platform
 from vllm.renderers.base import BaseRenderer
+from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager
 
+from vllm_avl.cache.manager import AVLManager
 from vllm_avl.compat import (
     asks,
     front_end,
@@ -26,14 +28,16 @@ from vllm_avl.compat import (
     responses,
     stats,
 )
-from vllm_avl.compat.seam import Patch, Seam, mismatches_of
+from vllm_avl.compat.scheduler import AVLAsyncScheduler, AVLScheduler
+from vllm_avl.compat.seam import Patch, Seam, mismatches_of, unmet_by
 
 SEAMS: tuple[Seam, ...] = (
     Seam(
         Scheduler,
         "_get_local_prefix_cache_hit",
-        ("self", "request"),
+        ("self", "request", "max_cache_hit_length"),
         "first contact with a request that wants blocks, again after preemption",
+        also=(("self", "request"),),  # 0.32
     ),
     Seam(
         Scheduler,
@@ -130,6 +134,12 @@ SEAMS: tuple[Seam, ...] = (
         "pop_blocks_for_free",
         ("self", "request_id"),
         "the end of a request's blocks, by finish, abort or preemption",
+    ),
+    Seam(
+        KVCacheCoordinator,
+        "cache_blocks",
+        ("self", "request", "num_computed_tokens"),
+        "an answer that saw less than all must not be shared by other cache groups",
     ),
     Seam(FullAttentionManager, "new_step_starts", ("self",), "settled blocks go first"),
 )
@@ -307,6 +317,8 @@ PATCHES: tuple[Patch, ...] = (
     ),
 )
 
+OURS = (AVLManager, AVLScheduler, AVLAsyncScheduler, stats.AVLStatLogger)
+"""What vLLM makes of ours, outside of workers."""
 
 if current_platform.is_cpu():
     from vllm_avl.compat import cpu
@@ -320,7 +332,7 @@ elif current_platform.is_cuda():
 
 def mismatches() -> list[str]:
     """Where the installed vLLM is not the one this was written for."""
-    return mismatches_of((*SEAMS, *PATCHES))
+    return mismatches_of((*SEAMS, *PATCHES)) + unmet_by(OURS)
 
 
 def apply_all() -> None:

@@ -81,7 +81,8 @@ def choose_backend(original: Callable[..., str]) -> classmethod:
         if selected_backend is None or selected_backend.name != NAME:
             return original(selected_backend, attn_selector_config, num_heads)
         check_attention(attn_selector_config.attn_type, attn_selector_config.use_mla)
-        if attn_selector_config.attn_type == "decoder":
+        windowed = attn_selector_config.has_sliding_window
+        if attn_selector_config.attn_type == "decoder" and not windowed:
             return CPU.backend
         return original(None, attn_selector_config, num_heads)
 
@@ -99,6 +100,9 @@ def choose_base(original: Callable[..., str]) -> classmethod:
         num_heads: int | None = None,
     ) -> str:
         if selected_backend is not None and selected_backend.name == NAME:
+            if attn_selector_config.has_sliding_window:
+                # Stays vLLM's, and what it says is about full attention is not ours.
+                return original(None, attn_selector_config, num_heads)
             avl_config = parse_config(get_current_vllm_config().additional_config)
             capability = cls.get_device_capability()
             backends = cls.get_valid_backends(

@@ -7,12 +7,14 @@ the ones written here before the engine starts.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
 
 from vllm.platforms import current_platform
+from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -24,10 +26,11 @@ from vllm.v1.request import Request
 from vllm_avl.cache.admission import plan_request
 from vllm_avl.cache.manager import AVLManager
 from vllm_avl.cache.pressure import Pressure
+from vllm_avl.cache.spec import our_group
 from vllm_avl.compat import facts, stats
 from vllm_avl.config import parse_config
 from vllm_avl.metrics.definitions import Stock
-from vllm_avl.metrics.summary import describe_settings
+from vllm_avl.metrics.summary import describe_blocks, describe_settings
 from vllm_avl.plan import Compaction, Plan, limit_chunk
 
 logger = logging.getLogger("vllm.avl")
@@ -42,24 +45,30 @@ class _Adaptive(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._avl_config = parse_config(self.vllm_config.additional_config)
-        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
+        self._avl_groups = self.kv_cache_manager.coordinator.single_type_managers
+        manager = self._avl_groups[our_group(self.kv_cache_config)]
         assert isinstance(manager, AVLManager)
         self._avl_manager = manager
+        share_prompts_only(self.kv_cache_manager.coordinator, manager)
         # Kernels find what they know of a row by its place in the pool.
         manager.copies_shared = current_platform.is_cuda()
         self._avl_pressure = Pressure(self._avl_config)
         self._avl_decisions: dict[str, Plan | Stock] = {}
         settings = describe_settings(self._avl_config)
-        logger.info("%s, blocks of %d tokens", settings, manager.block_size)
+        blocks = describe_blocks(self._avl_config, manager.block_size)
+        logger.info("%s; %s", settings, blocks)
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
+    def _get_local_prefix_cache_hit(
+        self, request: Request, *args: Any, **kwargs: Any
+    ) -> Any:
         manager = self._avl_manager
         plan = self._decide(request)
         if isinstance(plan, Stock):
             manager.leave_alone(request.request_id)
-            return super()._get_local_prefix_cache_hit(request)
+            return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
         manager.admit(request, plan)
-        return super()._get_local_prefix_cache_hit(self._limit_hits(request, plan))
+        view = self._limit_hits(request, plan)
+        return super()._get_local_prefix_cache_hit(view, *args, **kwargs)
 
     def _try_schedule_encoder_inputs(
         self,
@@ -93,8 +102,10 @@ class _Adaptive(Scheduler):
         for request_id in output.finished_req_ids:
             self._avl_decisions.pop(request_id, None)
         if self._avl_steps_in_flight:
-            # The next step may want a block for each before this one has settled.
-            self._avl_manager.num_spare = len(self.running)
+            # The next step may want a block of each group for each request before
+            # this one has settled.
+            num_spare = len(self.running) * len(self._avl_groups)
+            self._avl_manager.num_spare = num_spare
         compactions = self._avl_manager.take_compactions(output.num_scheduled_tokens)
         if compactions:
             send_compactions(output, compactions)
@@ -121,10 +132,11 @@ class _Adaptive(Scheduler):
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         made = super().make_stats(*args, **kwargs)
         if made is not None:
-            (group,) = self.kv_cache_config.kv_cache_groups
+            config = self.kv_cache_config
+            num_bytes = sum(tensor.size for tensor in config.kv_cache_tensors)
             message = self._avl_manager.tally.take(
                 self.kv_cache_manager.block_pool,
-                group.kv_cache_spec.page_size_bytes * len(group.layer_names),
+                num_bytes // config.num_blocks,
                 engaged=self._avl_pressure.engaged,
             )
             stats.send(made, message)
@@ -137,7 +149,13 @@ class _Adaptive(Scheduler):
         if known is not None and settled:
             return known
         manager = self._avl_manager
-        decision = plan_request(request, self._avl_config, manager.block_size)
+        decision = plan_request(
+            request,
+            self._avl_config,
+            manager.block_size,
+            self._chunk_unit,
+            whole_pictures=self.scheduler_config.disable_chunked_mm_input,
+        )
         if isinstance(decision, Plan):
             pool = self.kv_cache_manager.block_pool
             num_blocks = pool.num_gpu_blocks - 1
@@ -147,6 +165,15 @@ class _Adaptive(Scheduler):
                 decision = Stock.NO_PRESSURE
         self._avl_decisions[request.request_id] = decision
         return decision
+
+    @property
+    def _chunk_unit(self) -> int | None:
+        """Tokens at multiples of which recurrent states are stored, chunk by chunk."""
+        if not self.need_mamba_block_aligned_split:
+            return None
+        if self.mamba_partial_cache_hit:
+            return self.hash_block_size
+        return self.block_size
 
     def _blocks_wanted(self, request: Request) -> Iterator[int]:
         """Blocks that prompts lack: of `request`, running ones, and of who may come."""
@@ -158,7 +185,8 @@ class _Adaptive(Scheduler):
         may_come = islice(waiting, max(seats, 0))
         for prompt in chain([request], running, may_come):
             lacking = prompt.num_tokens - prompt.num_computed_tokens
-            yield -(-lacking // self._avl_manager.block_size)
+            # At most: sliding windows let blocks go again.
+            yield sum(-(-lacking // group.block_size) for group in self._avl_groups)
 
     def _is_first_run(self, request_id: str) -> bool:
         return self.requests[request_id].num_preemptions == 0
@@ -167,8 +195,12 @@ class _Adaptive(Scheduler):
         """Let workers have the pictures that prefix-cache hits cover, too.
 
         vLLM leaves them out and does not send them when a preempted request resumes
-        without those hits: the worker then fails, and with it the engine.
+        without those hits: the worker then fails, and with it the engine. To runner V2
+        a request that resumes is a new one, and gets what it then needs; what it need
+        not keep vLLM 0.33 tells it (`encoder_input_updates`), of what vLLM sent.
         """
+        if self.use_v2_model_runner:
+            return
         for new in output.scheduled_new_reqs:
             new.mm_features = self.requests[new.req_id].mm_features
 
@@ -194,6 +226,23 @@ class AVLAsyncScheduler(_Adaptive, AsyncScheduler):
     """vLLM's asynchronous scheduler with adaptive requests."""
 
     _avl_steps_in_flight = True
+
+
+def share_prompts_only(coordinator: KVCacheCoordinator, manager: AVLManager) -> None:
+    """Let no cache group hash more of an adaptive request than its prompt.
+
+    What follows has seen less than all, in the layers that are not adapted, too.
+    """
+    original = coordinator.cache_blocks
+
+    @functools.wraps(original)
+    def cache_blocks(request: Request, num_computed_tokens: int) -> None:
+        plan = manager.plan_of(request.request_id)
+        if plan is not None:
+            num_computed_tokens = min(num_computed_tokens, plan.num_prompt_tokens)
+        original(request, num_computed_tokens)
+
+    coordinator.cache_blocks = cache_blocks  # type: ignore[method-assign]
 
 
 def send_compactions(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -20,6 +20,8 @@ class Seam:
     name: str
     parameters: tuple[str, ...]
     why: str
+    also: tuple[tuple[str, ...], ...] = field(default=(), kw_only=True)
+    """Parameters in other supported versions of vLLM, all of which ours takes."""
 
     def mismatch(self) -> str | None:
         """Say how the installed vLLM differs, None where it fits."""
@@ -28,8 +30,9 @@ class Seam:
         if function is None:
             return f"{target} is gone"
         found = tuple(inspect.signature(inspect.unwrap(function)).parameters)
-        if found != self.parameters:
-            return f"{target} takes {found}, not {self.parameters}"
+        accepted = (self.parameters, *self.also)
+        if found not in accepted:
+            return f"{target} takes {found}, not {' or '.join(map(str, accepted))}"
         return None
 
 
@@ -43,6 +46,18 @@ class Patch(Seam):
     def apply(self) -> None:
         """Wrap the function, whether it is a class method or a plain one."""
         setattr(self.owner, self.name, self.wrap(getattr(self.owner, self.name)))
+
+
+def unmet_by(ours: Iterable[type]) -> list[str]:
+    """Say which methods the installed vLLM asks for that our classes lack.
+
+    Python itself would say so only where one is made, in the middle of a step.
+    """
+    return [
+        f"{cls.__name__} lacks {', '.join(sorted(missing))}"
+        for cls in ours
+        if (missing := vars(cls).get("__abstractmethods__"))
+    ]
 
 
 def mismatches_of(seams: Iterable[Seam]) -> list[str]:

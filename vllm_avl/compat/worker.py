@@ -11,7 +11,7 @@ from typing import Any
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_avl.backend.introspection import (
@@ -22,12 +22,12 @@ from vllm_avl.backend.introspection import (
 )
 from vllm_avl.backend.request import Kernels
 from vllm_avl.backend.step import WorkerRequests, executing
-from vllm_avl.cache.spec import AVLSpec
+from vllm_avl.cache.spec import AVLSpec, our_group
 from vllm_avl.compat import worker_patches
+from vllm_avl.compat.counted import CountedOutput
 from vllm_avl.compat.scheduler import received_compactions
 from vllm_avl.compat.stats import attach_counts
 from vllm_avl.config import AVLConfig, parse_config
-from vllm_avl.support import check_groups
 
 
 class AVLWorker(Worker):
@@ -40,10 +40,9 @@ class AVLWorker(Worker):
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Refuse cache groups that are not ours, then allocate."""
-        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-        check_groups(specs, AVLSpec)
+        group = kv_cache_config.kv_cache_groups[our_group(kv_cache_config)]
         super().initialize_from_config(kv_cache_config)
-        (spec,) = specs
+        spec = group.kv_cache_spec
         config = parse_config(self.vllm_config.additional_config)
         self._avl_requests = WorkerRequests(
             config.introspection,
@@ -79,7 +78,7 @@ class AVLWorker(Worker):
         output = super().sample_tokens(grammar_output)
         counts = self._avl_requests.counts.take()
         if isinstance(output, AsyncModelRunnerOutput):
-            return _Counted(output, counts)
+            return CountedOutput(output, counts)
         if counts:
             attach_counts(output, counts)
         return output
@@ -105,23 +104,6 @@ class AVLWorker(Worker):
         """Return what a running or remembered request stores on this rank."""
         state = self._avl_requests.find(request_id)
         return None if state is None else report(request_id, state)
-
-
-class _Counted(AsyncModelRunnerOutput):
-    """An output that is still on the device, and the counts of its step."""
-
-    def __init__(
-        self, output: AsyncModelRunnerOutput, counts: dict[str, float]
-    ) -> None:
-        self._output = output
-        self._counts = counts
-
-    def get_output(self) -> ModelRunnerOutput:
-        """Wait for the output."""
-        output = self._output.get_output()
-        if self._counts:
-            attach_counts(output, self._counts)
-        return output
 
 
 def computed_tokens(scheduler_output: SchedulerOutput) -> dict[str, int]:

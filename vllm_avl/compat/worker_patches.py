@@ -10,7 +10,8 @@ import functools
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_avl.compat.seam import Patch, Seam, mismatches_of
+from vllm_avl.compat.counted import CountedOutput
+from vllm_avl.compat.seam import Patch, Seam, mismatches_of, unmet_by
 from vllm_avl.support import refuse_vllm
 
 SEAMS: tuple[Seam, ...] = (
@@ -34,16 +35,24 @@ SEAMS: tuple[Seam, ...] = (
     ),
 )
 PATCHES: tuple[Patch, ...] = ()
+OURS: tuple[type, ...] = (CountedOutput,)
+"""What vLLM or a worker makes of ours; of back ends one that is always there."""
 
-if current_platform.is_cuda():
+if current_platform.is_cpu():
+    from vllm_avl.backend import cpu
+
+    OURS += cpu.AVLBackend, cpu.AVLMetadataBuilder, cpu.AVLImpl
+elif current_platform.is_cuda():
+    from vllm_avl.backend import cuda_triton as cuda
     from vllm_avl.compat import cuda_runners
 
+    OURS += cuda.AVLTritonBackend, cuda.AVLTritonMetadataBuilder, cuda.AVLTritonImpl
     SEAMS, PATCHES = SEAMS + cuda_runners.SEAMS, PATCHES + cuda_runners.PATCHES
 
 
 def mismatches() -> list[str]:
     """Where the installed vLLM is not the one this was written for."""
-    return mismatches_of((*SEAMS, *PATCHES))
+    return mismatches_of((*SEAMS, *PATCHES)) + unmet_by(OURS)
 
 
 @functools.cache

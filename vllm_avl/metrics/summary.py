@@ -8,6 +8,7 @@ from vllm_avl.config import AVLConfig
 from vllm_avl.metrics.collectors import Message
 from vllm_avl.metrics.counts import Counts
 from vllm_avl.metrics.definitions import Stock, key
+from vllm_avl.plan import PICTURE_TOKENS, pictures_free
 
 
 @dataclass
@@ -63,3 +64,15 @@ def describe_settings(config: AVLConfig) -> str:
     if config.text_keep_ratio < 1:
         parts.append(f"keeps {config.text_keep_ratio:g} of text")
     return ", ".join(parts)
+
+
+def describe_blocks(config: AVLConfig, block_size: int) -> str:
+    """Return what blocks of a size bring, in a line: large ones free little."""
+    one, four = (
+        "{} of {}".format(*pictures_free(number, block_size, config))
+        for number in (1, 4)
+    )
+    return (
+        f"blocks of {block_size} tokens: a prompt with a picture of {PICTURE_TOKENS} "
+        f"tokens gives {one} blocks back, with four {four}"
+    )

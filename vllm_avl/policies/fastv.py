@@ -9,22 +9,26 @@ import torch
 
 from vllm_avl.policies.base import Policy, TokenView
 
-RANKING_LAYER = 1
+NUM_OWN = 2
+"""Adapted layers that rank by their own attention; the last of them for all others."""
 
 
 @dataclass(frozen=True)
 class FastVPolicy(Policy):
     """Keeps the vision tokens that the second layer attends to (arXiv 2403.06764).
 
-    FastV evicts nothing in the layers before; at an equal budget layer 0 has to, and
-    ranks by its own attention.
+    FastV evicts nothing in the layers before; at an equal budget the first has to, and
+    ranks by its own attention. Layers that are not adapted do not count.
     """
 
     refreshes: ClassVar[bool] = False
 
     def score(self, view: TokenView) -> torch.Tensor:
-        """Score by the attention of layer 1, in it and behind it."""
-        if view.layer > RANKING_LAYER:
+        """Score by the attention of the second adapted layer, in it and behind it."""
+        ranking = view.memo.setdefault("fastv_layers", [])
+        if view.layer not in ranking and len(ranking) < NUM_OWN:
+            ranking.append(view.layer)
+        if view.layer not in ranking:
             return view.memo["fastv"]
         view.memo["fastv"] = view.attention
         return view.attention

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm_avl.testing import models
 
 POISON = 1e4
+POISON_BYTE = 0x47
+"""A large number in any float."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,11 @@ class Engine:
             for block in pool.blocks
             if (block.ref_cnt == 0 and block.block_hash is None) or block.is_null
         ]
+        index = torch.tensor(spoiled)
         for cache in self.runner.kv_caches:
-            cache[torch.tensor(spoiled)] = POISON
+            # Recurrent states are several tensors a layer, some of raw bytes.
+            for part in cache if isinstance(cache, list | tuple) else (cache,):
+                part[index] = POISON if part.is_floating_point() else POISON_BYTE
 
 
 def check_integrity(scheduler: Scheduler) -> None:
@@ -146,11 +151,13 @@ def check_integrity(scheduler: Scheduler) -> None:
     neither. Blocks that an adaptive request writes are its own, and in no prefix cache.
     """
     pool = scheduler.kv_cache_manager.block_pool
-    (manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
-    adapted = getattr(manager, "adapted", {})
-    lists = [*manager.req_to_blocks.values(), *(a.private for a in adapted.values())]
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
     held = Counter(
-        block.block_id for blocks in lists for block in blocks if not block.is_null
+        block.block_id
+        for manager in managers
+        for blocks in _lists_of(manager)
+        for block in blocks
+        if not block.is_null
     )
     free = pool.get_num_free_blocks()
     assert free + len(held) + 1 == len(pool.blocks), f"{free} free, {len(held)} held"
@@ -158,14 +165,32 @@ def check_integrity(scheduler: Scheduler) -> None:
         if not block.is_null:
             assert block.ref_cnt == held[block.block_id], block
     known = set(scheduler.requests)
-    assert set(manager.req_to_blocks) <= known
-    assert set(adapted) <= known
-    for request_id, one in adapted.items():
+    for manager in managers:
+        assert {name for name, held in manager.req_to_blocks.items() if held} <= known
+        for request_id, one in getattr(manager, "adapted", {}).items():
+            assert request_id in known
+            _check_adapted(request_id, one, managers, manager)
+
+
+def _lists_of(manager: Any) -> Iterator[Sequence[Any]]:
+    """Yield the lists of blocks that a group's manager holds."""
+    yield from manager.req_to_blocks.values()
+    for one in getattr(manager, "adapted", {}).values():
+        yield one.private
+
+
+def _check_adapted(
+    request_id: str, one: Any, managers: Sequence[Any], ours: Any
+) -> None:
+    """Assert that an adaptive request shares nothing that has seen less than all."""
+    for manager in managers:
         blocks = manager.req_to_blocks.get(request_id, [])
-        written = [*one.private, *blocks[one.plan.num_full_blocks :]]
-        if one.plan.moves_rows:
-            written += one.targets or ()
-            written += blocks if one.retired else ()
+        written = blocks[one.plan.num_prompt_tokens // manager.block_size :]
+        if manager is ours:
+            written = [*one.private, *written]
+            if one.plan.moves_rows:
+                written += one.targets or ()
+                written += blocks if one.retired else ()
         for block in written:
             shared = block.ref_cnt != 1 or block.block_hash is not None
             assert block.is_null or not shared, f"{request_id} shares {block}"

@@ -3,6 +3,8 @@
 Whatever no row reads holds NaN.
 """
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +115,13 @@ def check(batch, soft_cap=0.0):
 def test_error_is_at_most_twice_eager(heads, batch, dtype, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     check(Batch(BATCHES[batch], HEADS[heads], dtype))
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("heads", HEADS)
+def test_processors_without_products_of_pairs(heads, batch, monkeypatch):
+    monkeypatch.setattr(sys.modules[selected_attention.__module__], "PAIRS", False)
+    check(Batch(BATCHES[batch], HEADS[heads], torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

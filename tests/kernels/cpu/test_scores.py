@@ -1,5 +1,7 @@
 """Scores of cached tokens, against the oracle."""
 
+import sys
+
 import pytest
 import torch
 from caches import DTYPES, poisoned, shuffled_blocks, within_twice_eager, write
@@ -41,14 +43,46 @@ def test_error_is_at_most_twice_eager(shape, soft_cap, dtype, monkeypatch):
     assert within_twice_eager(ours, eager, exact)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("soft_cap", [0.0, 2.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_rows_own_attention_is_written_beside(shape, soft_cap, dtype, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    query, *rest = make(SHAPES[shape], dtype)
+    exact, eager = torch.empty(query.shape).double(), torch.empty_like(query)
+    reference.attention_scores(query.double(), *rest, soft_cap, exact)
+    reference.attention_scores(query, *rest, soft_cap, eager)
+    ours = torch.full((len(query) + 2, *query.shape[1:]), 7.0, dtype=dtype)
+    scores = attention_scores(query, *rest, soft_cap, ours[1:-1])
+    assert within_twice_eager(ours[1:-1], eager, exact)
+    assert (ours[[0, -1]] == 7).all()
+    assert torch.equal(scores, attention_scores(query, *rest, soft_cap))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_processors_without_products_of_pairs(shape, monkeypatch):
+    monkeypatch.setattr(sys.modules[attention_scores.__module__], "PAIRS", False)
+    query, *rest = make(SHAPES[shape], torch.bfloat16)
+    exact, eager = torch.empty(query.shape).double(), torch.empty_like(query)
+    scores = reference.attention_scores(query.double(), *rest, output=exact)
+    reference.attention_scores(query, *rest, output=eager)
+    output = torch.empty_like(query)
+    ours = attention_scores(query, *rest, output=output)
+    torch.testing.assert_close(ours.double(), scores, atol=2e-6, rtol=2e-6)
+    assert within_twice_eager(output, eager, exact)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_threads_change_nothing(shape, monkeypatch):
     query, *rest = make(SHAPES[shape], torch.bfloat16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    alone = attention_scores(query, *rest)
+    output = torch.empty_like(query)
+    alone = attention_scores(query, *rest, output=output)
     for num_threads in (2, 5, 16):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=num_threads: n)
-        assert torch.equal(attention_scores(query, *rest), alone)
+        beside = torch.empty_like(query)
+        assert torch.equal(attention_scores(query, *rest, output=beside), alone)
+        assert torch.equal(beside, output)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])

@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 
-from vllm_avl.testing.models import architectures
+from vllm_avl.testing.models import architectures, gemma, mistral, qwen
 from vllm_avl.testing.models.images import random_image
 from vllm_avl.testing.models.size import ModelSize
 from vllm_avl.testing.models.tokens import image_prompt
@@ -27,7 +27,18 @@ MODELS: dict[str, Callable[[Path, ModelSize, int], None]] = {
     "qwen2_5_vl": architectures.qwen2_5_vl,
     "idefics3": architectures.idefics3,
     "internvl": architectures.internvl,
+    "llava_onevision": architectures.llava_onevision,
+    "qwen3_vl": qwen.qwen3_vl,
+    "glm4_1v": qwen.glm4_1v,
+    "mistral3": mistral.mistral3,
+    "pixtral": mistral.pixtral,
+    "gemma3": gemma.gemma3,
+    "qwen3_5": qwen.qwen3_5,
 }
+HYBRID = ModelSize(hidden_size=128, num_layers=6, num_heads=2, num_kv_heads=1)
+"""Two layers with full attention, and four without."""
+SIZES = {"gemma3": HYBRID, "qwen3_5": HYBRID}
+"""By default, of architectures for which it is not `ModelSize()`."""
 
 
 def build(
@@ -40,7 +51,7 @@ def build(
     Args:
         name: A key of `MODELS`.
         out_dir: Replaced if it holds a checkpoint of ours made with other settings.
-        size: Defaults to `ModelSize()`.
+        size: Defaults to the architecture's in `SIZES`.
         seed: Seeds the weights.
 
     Returns:
@@ -52,7 +63,7 @@ def build(
     """
     if name not in MODELS:
         raise ValueError(f"name={name!r} must be one of {sorted(MODELS)}")
-    size = size or ModelSize()
+    size = size or SIZES.get(name, ModelSize())
     out_dir = Path(out_dir)
     settings = {
         "name": name,

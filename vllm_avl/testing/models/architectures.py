@@ -19,7 +19,7 @@ def llava(out_dir: Path, size: ModelSize, seed: int) -> None:
     tokenizer = make_tokenizer("llava", ["<image>"])
     config = transformers.LlavaConfig(
         vision_config=_clip_config(size, image_size),
-        text_config=transformers.LlamaConfig(**_text_settings(size, tokenizer)),
+        text_config=transformers.LlamaConfig(**text_settings(size, tokenizer)),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(image_size // PATCH_SIZE) ** 2,
     )
@@ -45,7 +45,7 @@ def llava_next(out_dir: Path, size: ModelSize, seed: int) -> None:
     tokenizer = make_tokenizer("llava_next", ["<image>"])
     config = transformers.LlavaNextConfig(
         vision_config=_clip_config(size, tile),
-        text_config=transformers.LlamaConfig(**_text_settings(size, tokenizer)),
+        text_config=transformers.LlamaConfig(**text_settings(size, tokenizer)),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(tile // PATCH_SIZE) ** 2,
         image_grid_pinpoints=[
@@ -70,6 +70,49 @@ def llava_next(out_dir: Path, size: ModelSize, seed: int) -> None:
     restore_clip_names(out_dir)
 
 
+def llava_onevision(out_dir: Path, size: ModelSize, seed: int) -> None:
+    """LLaVA-OneVision: 64 tokens for the whole image, and 64 at most a tile."""
+    _check_head_size("llava_onevision", size)
+    tile = 112
+    tokenizer = make_tokenizer("llava_onevision", ["<image>", "<video>"])
+    settings = text_settings(size, tokenizer)
+    del settings["head_dim"]
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=transformers.SiglipVisionConfig(
+            hidden_size=size.vision_hidden_size,
+            intermediate_size=size.vision_intermediate_size,
+            num_hidden_layers=size.vision_num_layers,
+            num_attention_heads=size.vision_num_heads,
+            image_size=tile,
+            patch_size=PATCH_SIZE,
+            vision_use_head=False,
+        ),
+        text_config=transformers.Qwen2Config(**settings),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=[
+            [rows * tile, columns * tile]
+            for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+        ],
+        vision_aspect_ratio="anyres_max_4",
+    )
+    tile_size = {"height": tile, "width": tile}
+    processor = transformers.LlavaOnevisionProcessor(
+        image_processor=transformers.LlavaOnevisionImageProcessor(
+            size=tile_size, image_grid_pinpoints=config.image_grid_pinpoints
+        ),
+        tokenizer=tokenizer,
+        video_processor=transformers.LlavaOnevisionVideoProcessor(size=tile_size),
+        num_image_tokens=(tile // PATCH_SIZE) ** 2,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        chat_template=tokenizer.chat_template,
+        vision_aspect_ratio=config.vision_aspect_ratio,
+    )
+    model = transformers.LlavaOnevisionForConditionalGeneration(config)
+    save(out_dir, model, processor, seed)
+    restore_clip_names(out_dir)
+
+
 def qwen2_5_vl(out_dir: Path, size: ModelSize, seed: int) -> None:
     """Qwen2.5-VL: one token per 28 x 28 pixels, 64 to 400 per image, with mRoPE."""
     _check_head_size("qwen2_5_vl", size)
@@ -81,10 +124,10 @@ def qwen2_5_vl(out_dir: Path, size: ModelSize, seed: int) -> None:
     temporal = size.head_size // 8
     height = (size.head_size // 2 - temporal) // 2
     width = size.head_size // 2 - temporal - height
-    text_settings = _text_settings(size, tokenizer)
-    del text_settings["head_dim"]
+    settings = text_settings(size, tokenizer)
+    del settings["head_dim"]
     config = transformers.Qwen2_5_VLConfig(
-        text_config=text_settings
+        text_config=settings
         | {
             "rope_parameters": {
                 "rope_type": "default",
@@ -138,7 +181,7 @@ def idefics3(out_dir: Path, size: ModelSize, seed: int) -> None:
             "image_size": tile,
             "patch_size": patch_size,
         },
-        text_config=transformers.LlamaConfig(**_text_settings(size, tokenizer)),
+        text_config=transformers.LlamaConfig(**text_settings(size, tokenizer)),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         pad_token_id=tokenizer.pad_token_id,
         scale_factor=scale_factor,
@@ -177,7 +220,7 @@ def internvl(out_dir: Path, size: ModelSize, seed: int) -> None:
             "patch_size": [PATCH_SIZE, PATCH_SIZE],
             "layer_scale_init_value": 1.0,
         },
-        text_config=transformers.Qwen2Config(**_text_settings(size, tokenizer)),
+        text_config=transformers.Qwen2Config(**text_settings(size, tokenizer)),
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
         image_seq_length=num_tile_tokens,
         downsample_ratio=1 / downsample,
@@ -206,9 +249,10 @@ def _check_head_size(name: str, size: ModelSize) -> None:
         )
 
 
-def _text_settings(
+def text_settings(
     size: ModelSize, tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, Any]:
+    """Returns what language models' configurations have in common."""
     return {
         "vocab_size": -(-len(tokenizer) // 64) * 64,
         "hidden_size": size.hidden_size,

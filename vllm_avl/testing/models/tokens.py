@@ -14,6 +14,13 @@ PLACEHOLDERS = {
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "idefics3": "<image>",
     "internvl": "<IMG_CONTEXT>\n",
+    "llava_onevision": "<image>\n",
+    "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    "glm4_1v": "<|begin_of_image|><|image|><|end_of_image|>",
+    "mistral3": "[IMG]",
+    "pixtral": "[IMG]",
+    "gemma3": "<start_of_image>",
+    "qwen3_5": "<|vision_start|><|image_pad|><|vision_end|>",
 }
 
 # A reply follows "ASSISTANT:" directly, so that a next turn repeats what was decoded.
