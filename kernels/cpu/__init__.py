@@ -2,9 +2,9 @@
 
 A cache is `[num_blocks, num_kv_heads, 2, block_size · head_size]`, contiguous: a
 block's keys by column `[head_size, block_size]`, then its values by row, as vLLM's
-kernel lays them out. Block sizes are multiples of 32, head sizes of 16.
-Elements are bfloat16,
-float16 or float32.
+kernel lays them out; or both packed in pairs, as its AMX kernel does (`packed.py`).
+Block sizes are multiples of 32, head sizes of 16. Elements are bfloat16, float16 or
+float32.
 """
 
 import torch

@@ -13,6 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from numba import carray, types
+from vllm_avl.kernels.cpu.packed import (
+    VECTOR,
+    add_packed_values,
+    end_pairs,
+    list_pair,
+    weigh_packed,
+)
 from vllm_avl.kernels.cpu.pairs import (
     LINE,
     PAIRS,
@@ -54,12 +61,36 @@ _TILES_BYTES = 16 * (PART // TILE)
 
 
 @compiled
+def _list_values(
+    lists: int, count: int, values: int, step: int, tile: int, marks: int
+) -> int:
+    """List values of a tile, `step` bytes apart, that are read; return the new count."""
+    for number in range(TILE):
+        write(lists, types.int64, 2 * count, values + number * step)
+        write(lists, types.int64, 2 * count + 1, 4 * (tile * TILE + number))
+        count += read(marks, types.uint8, number)
+    return count
+
+
+@compiled
+def _list_pairs(lists: int, count: int, values: int, tile: int, marks: int) -> int:
+    """The same, of packed values."""
+    for pair in range(TILE // 2):
+        is_read = read(marks, types.uint8, 2 * pair)
+        is_read += 2 * read(marks, types.uint8, 2 * pair + 1)
+        number = tile * TILE + 2 * pair
+        count = list_pair(lists, count, values + pair * VECTOR, number, is_read)
+    return count
+
+
+@compiled
 def _list_part(call: Any, row: int, head: int, part: int, lists: int) -> tuple:
     """List the tiles of a part with a slot to read, and the values of such slots.
 
-    `lists` is the address of picked values as `add_tile` takes them, then of int64
-    [PART // TILE, 2], address of a tile's keys and its number in the part, then of a
-    byte for each slot of the listed tiles: whether it is read.
+    `lists` is the address of picked values as `add_tile` takes them, or `list_pair`
+    writes them where they are packed, then of int64 [PART // TILE, 2], address of a
+    tile's keys and its number in the part, then of a byte for each slot of the listed
+    tiles: whether it is read.
 
     Returns:
         Numbers of tiles and of values.
@@ -79,24 +110,35 @@ def _list_part(call: Any, row: int, head: int, part: int, lists: int) -> tuple:
         block, slot = divmod(first, block_size)
         block = np.int64(read(blocks, types.int32, block))
         keys = cache + block * (call.num_kv_heads * 2 * half)
-        value = keys + half + slot * call.head_size * itemsize
-        before = num_picked
-        for number in range(num_tiles * TILE, (num_tiles + 1) * TILE):
-            at = first + number - num_tiles * TILE
+        values = keys + half
+        of_tile = marks + num_tiles * TILE
+        for number in range(TILE):
+            at = first + number
             is_read = at < length
             if at < num_masked:
                 is_read &= read(mask, types.uint8, at) != 0
-            write(marks, types.uint8, number, is_read)
-            write(lists, types.int64, 2 * num_picked, value)
-            write(lists, types.int64, 2 * num_picked + 1, 4 * number)
-            value += call.head_size * itemsize
-            num_picked += is_read
+            write(of_tile, types.uint8, number, is_read)
+        before = num_picked
+        if call.packed:
+            keys += slot * call.head_size * itemsize
+            values += slot // 2 * VECTOR
+            num_picked = _list_pairs(lists, num_picked, values, num_tiles, of_tile)
+        else:
+            keys += slot * itemsize
+            step = call.head_size * itemsize
+            values += slot * step
+            num_picked = _list_values(
+                lists, num_picked, values, step, num_tiles, of_tile
+            )
         if num_picked > before:
-            write(tiles, types.int64, 2 * num_tiles, keys + slot * itemsize)
+            write(tiles, types.int64, 2 * num_tiles, keys)
             number = first // TILE - part * (PART // TILE)
             write(tiles, types.int64, 2 * num_tiles + 1, number)
             num_tiles += 1
-    end_list(lists, num_picked)
+    if call.packed:
+        end_pairs(lists, num_picked)
+    else:
+        end_list(lists, num_picked)
     return num_tiles, num_picked
 
 
@@ -113,7 +155,19 @@ def _weigh(
         keys = read(tiles, types.int64, 2 * tile)
         ahead = read(tiles, types.int64, 2 * min(tile + 1, num_tiles - 1))
         to = weights + 4 * tile * TILE
-        if call.paired:
+        if call.packed:
+            weigh_packed(
+                call.element,
+                keys,
+                size,
+                queries,
+                call.query_head_step,
+                group,
+                call.scale,
+                to,
+                ahead,
+            )
+        elif call.paired:
             weigh_pairs(
                 call.element,
                 keys,
@@ -196,13 +250,26 @@ def _add_values(
 ) -> None:
     """Write the sums of the listed values, weighted: fp32 [group, head_size]."""
     group, size = call.group, call.head_size
-    if call.paired:
-        marks = lists + PICKED_BYTES + _TILES_BYTES
-        packed = marks + PART
-        pack_weights(weights, group, num_tiles * TILE, marks, packed)
-        add_value_pairs(call.element, lists, num_picked, size, packed, group, outputs)
-    else:
+    if not call.paired:
         add_values(call.element, lists, num_picked, size, weights, group, outputs)
+        return
+    marks = lists + PICKED_BYTES + _TILES_BYTES
+    narrow = marks + PART
+    if call.packed:
+        pack_weights(weights, group, num_tiles * TILE, 0, narrow)
+        add_packed_values(
+            call.element,
+            lists,
+            num_picked,
+            size,
+            call.block_size,
+            narrow,
+            group,
+            outputs,
+        )
+    else:
+        pack_weights(weights, group, num_tiles * TILE, marks, narrow)
+        add_value_pairs(call.element, lists, num_picked, size, narrow, group, outputs)
 
 
 def _attend(data: Any) -> None:
@@ -250,6 +317,7 @@ LOOP = Loop(
         *("masks", "paid", "cache", "num_kv_heads", "block_size", "itemsize"),
         *("query", "query_row_step", "query_head_step", "group", "head_size"),
         *("output", "output_row_step", "output_head_step", "code", "paired"),
+        "packed",
     ],
     ["scale", "soft_cap"],
 )
@@ -339,6 +407,8 @@ def selected_attention(
     output: torch.Tensor,
     scale: float,
     soft_cap: float = 0.0,
+    *,
+    packed: bool = False,
 ) -> dict[int, torch.Tensor]:
     """Attend from decode rows to the selected keys of their sequences.
 
@@ -353,6 +423,7 @@ def selected_attention(
         output: as query; written where rows has tokens.
         scale: softmax scale.
         soft_cap: tanh cap on the logits, 0 for none.
+        packed: whether rows lie packed; query and cache are bfloat16 then.
 
     Returns:
         [num_heads, num_tokens] attention that each scored row paid, fp32, by the row's
@@ -368,6 +439,8 @@ def selected_attention(
     assert query.stride(2) == output.stride(2) == 1
     assert masks.dtype == np.int64
     masks = np.ascontiguousarray(masks)
+    paired = PAIRS and query.dtype == kv_cache.dtype == torch.bfloat16
+    assert paired or not packed
     paid, probabilities = rows.paid(num_heads)
     itemsize = query.element_size()
     LOOP.run(
@@ -389,7 +462,8 @@ def selected_attention(
         output.stride(0) * itemsize,
         output.stride(1) * itemsize,
         CODES[query.dtype],
-        PAIRS and query.dtype == kv_cache.dtype == torch.bfloat16,
+        paired,
+        packed,
         scale,
         soft_cap,
     )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numba import carray, types
+from vllm_avl.kernels.cpu.packed import copy_key, copy_value, key_place, value_place
 from vllm_avl.kernels.cpu.threads import (
     Loop,
     compiled,
@@ -25,6 +26,7 @@ from vllm_avl.kernels.cpu.threads import (
 )
 from vllm_avl.kernels.cpu.vectors import (
     COMPRESSED,
+    LANES,
     PIECE,
     WINDOW,
     compress,
@@ -50,14 +52,18 @@ def _locate(call: Any, item: int, blocks: int, slots: int, places: int) -> None:
     size, block_size = call.head_size, call.block_size
     step = size if item % 2 else 1
     first = item // 2 * call.count if call.num_rankings > 1 else 0
+    half_size = block_size * size
     for index in range(call.count):
         slot: Any = index
         if slots:
             slot = np.int64(read(slots, types.int32, first + index))
         block, rest = divmod(slot, block_size)
         block = np.int64(read(blocks, types.int32, block))
+        place = rest * step
+        if call.packed:
+            place = value_place(rest) if item % 2 else key_place(rest, size)
         half = block * 2 * call.num_kv_heads + item
-        write(places, types.int64, index, half * block_size * size + rest * step)
+        write(places, types.int64, index, half * half_size + place)
 
 
 @compiled
@@ -160,6 +166,42 @@ def _copy_values(call: Any, source: int, target: int, kept: int) -> None:
                 copy_piece(kept + index * size + piece, to + piece)
 
 
+@compiled
+def _copy_packed_keys(call: Any, source: int, target: int, kept: int) -> None:
+    """Copy keys that lie packed, by way of `kept` as `_copy_values` does."""
+    size, cache, step = call.head_size, call.cache, 2 * LANES
+    for index in range(call.count):
+        at = read(source, types.int64, index)
+        if call.in_place:
+            copy_key(cache, at, step, kept, index * size, 2, size)
+        else:
+            to = read(target, types.int64, index)
+            copy_key(cache, at, step, cache, to, step, size)
+    if call.in_place:
+        for index in range(call.count):
+            to = read(target, types.int64, index)
+            copy_key(kept, index * size, 2, cache, to, step, size)
+
+
+@compiled
+def _copy_packed_values(call: Any, source: int, target: int, kept: int) -> None:
+    """The same, of values."""
+    size, cache, element = call.head_size, call.cache, call.element
+    steps, together = (2, call.block_size * LANES), (1, LANES)
+    for index in range(call.count):
+        at = read(source, types.int64, index)
+        if call.in_place:
+            to = index * size
+            copy_value(cache, at, steps, kept, to, together, size, element)
+        else:
+            to = read(target, types.int64, index)
+            copy_value(cache, at, steps, cache, to, steps, size, element)
+    if call.in_place:
+        for index in range(call.count):
+            at, to = index * size, read(target, types.int64, index)
+            copy_value(kept, at, together, cache, to, steps, size, element)
+
+
 def _copy(data: Any) -> None:
     call = carray(data, 1)[0]
     count, index = call.count, np.int64(thread_index())
@@ -170,6 +212,12 @@ def _copy(data: Any) -> None:
     for item in range(first, end):
         _locate(call, item, call.source_blocks, call.source, source)
         _locate(call, item, call.target_blocks, call.target, target)
+        if call.packed:
+            if item % 2:
+                _copy_packed_values(call, source, target, kept)
+            else:
+                _copy_packed_keys(call, source, target, kept)
+            continue
         if item % 2:
             _copy_values(call, source, target, kept)
             continue
@@ -187,7 +235,7 @@ LOOP = Loop(
         *("cache", "num_kv_heads", "block_size", "head_size"),
         *("source_blocks", "source", "target_blocks", "target"),
         *("num_rankings", "count", "places", "kept", "itemsize"),
-        *("width", "compresses", "in_place"),
+        *("width", "compresses", "in_place", "packed"),
     ],
 )
 
@@ -201,6 +249,7 @@ def copy_rows(
     target: torch.Tensor | None = None,
     *,
     in_place: bool = True,
+    packed: bool = False,
 ) -> None:
     """Copy the key and value rows of every KV head, bit by bit.
 
@@ -217,6 +266,7 @@ def copy_rows(
         target: as source, distinct in a head; None for 0..num_rows-1.
         in_place: whether rows may be written that are read for others: all of a head
             are read first.
+        packed: whether rows lie packed; elements have two bytes then.
     """
     num_rankings, count = source.shape
     num_kv_heads = kv_cache.shape[1]
@@ -251,4 +301,5 @@ def copy_rows(
         width,
         bits in COMPRESSED,
         in_place,
+        packed,
     )

@@ -24,8 +24,10 @@ from vllm_avl.kernels.cpu.tiles import (
     TILE,
     build_sums,
     for_rows,
+    load_sums,
     prefetch_tile,
     rows_at_once,
+    store_sums,
 )
 from vllm_avl.kernels.cpu.vectors import (
     COMPRESSED,
@@ -66,7 +68,7 @@ class _BFloat(ir.Type):
         return hash(_BFloat)
 
 
-_BFLOATS = ir.VectorType(_BFloat(), 2 * LANES)
+BFLOATS = ir.VectorType(_BFloat(), 2 * LANES)
 _SHORT, _WORD, _LONG = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
@@ -77,7 +79,7 @@ def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     return builder.call(function, arguments)
 
 
-def _add_pairs(builder: Any, places: Any, factor: Any, pairs: Any) -> None:
+def add_pairs(builder: Any, places: Any, factor: Any, pairs: Any) -> None:
     """Add a row's products to its sums."""
     for place, vector in zip(places, pairs, strict=True):
         arguments = [builder.load(place), factor, vector]
@@ -85,10 +87,20 @@ def _add_pairs(builder: Any, places: Any, factor: Any, pairs: Any) -> None:
         builder.store(_call(builder, name, FLOATS, arguments), place)
 
 
-def _pair(builder: Any, address: Any) -> Any:
+def pair_at(builder: Any, address: Any) -> Any:
     """The pair at an address, in every place of a vector."""
     bits = builder.load(pointer_at(builder, address, ir.FloatType()), align=2)
-    return builder.bitcast(broadcast(builder, bits), _BFLOATS)
+    return builder.bitcast(broadcast(builder, bits), BFLOATS)
+
+
+def store_products(builder: Any, sums: Any, scale: Any, logits: Any) -> None:
+    """Write rows of sums, times `scale`, `PART` numbers apart."""
+    factor = broadcast(builder, scale)
+    for row, places in enumerate(sums):
+        for index, place in enumerate(places):
+            at = offset(builder, logits, 4 * (row * PART + index * LANES))
+            product = builder.fmul(builder.load(place), factor)
+            narrow_to(builder, at, product, types.float32)
 
 
 def _interleaved(builder: Any, one: Any, other: Any, vectors: int) -> list[Any]:
@@ -103,7 +115,7 @@ def _interleaved(builder: Any, one: Any, other: Any, vectors: int) -> list[Any]:
         order = [(n, width + n) for n in range(first, first + LANES)]
         mask = [_WORD(place) for both in order for place in both]
         mask = ir.Constant(ir.VectorType(_WORD, 2 * LANES), mask)
-        pairs.append(builder.bitcast(builder.shuffle_vector(*lines, mask), _BFLOATS))
+        pairs.append(builder.bitcast(builder.shuffle_vector(*lines, mask), BFLOATS))
     return pairs
 
 
@@ -147,13 +159,8 @@ def _dot_pairs(
                 at = builder.add(query, builder.mul(loop.index, _LONG(4)))
                 for row, places in enumerate(sums):
                     of_row = builder.add(at, builder.mul(row_step, _LONG(row)))
-                    _add_pairs(builder, places, _pair(builder, of_row), pairs)
-            factor = broadcast(builder, scale)
-            for row, places in enumerate(sums):
-                for index, place in enumerate(places):
-                    at = offset(builder, logits, 4 * (row * PART + index * LANES))
-                    product = builder.fmul(builder.load(place), factor)
-                    narrow_to(builder, at, product, types.float32)
+                    add_pairs(builder, places, pair_at(builder, of_row), pairs)
+            store_products(builder, sums, scale, logits)
 
         for_rows(builder, num_rows, build)
         return context.get_dummy_value()
@@ -190,14 +197,7 @@ def _add_value_pairs(
 
         def build(rows: int, vectors: int) -> None:
             sums = build_sums(builder, rows, vectors)
-            places = [
-                (place, builder.add(outputs, builder.mul(step, _LONG(row))), index)
-                for row in range(rows)
-                for index, place in enumerate(sums[row])
-            ]
-            for place, line, index in places:
-                at = offset(builder, line, 4 * index * LANES)
-                builder.store(widened_from(builder, at, types.float32), place)
+            load_sums(builder, sums, outputs, step)
             with cgutils.for_range(builder, num_pairs) as loop:
                 first = builder.mul(loop.index, _LONG(2))
                 second = builder.add(first, _LONG(1))
@@ -207,11 +207,9 @@ def _add_value_pairs(
                 pairs = _interleaved(builder, value(first), value(second), vectors)
                 at = builder.add(weights, builder.mul(loop.index, _LONG(4)))
                 for row, of_row in enumerate(sums):
-                    factor = _pair(builder, offset(builder, at, row * LINE))
-                    _add_pairs(builder, of_row, factor, pairs)
-            for place, line, index in places:
-                at = offset(builder, line, 4 * index * LANES)
-                narrow_to(builder, at, builder.load(place), types.float32)
+                    factor = pair_at(builder, offset(builder, at, row * LINE))
+                    add_pairs(builder, of_row, factor, pairs)
+            store_sums(builder, sums, outputs, step)
 
         whole = builder.icmp_signed("==", width, _LONG(TILE))
         with builder.if_else(whole) as (wide, narrow):
@@ -240,7 +238,7 @@ def _narrow(_context: Any, source: Any, target: Any) -> Any:
                 for at in (0, 4 * LANES)
             )
             name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
-            both = _call(builder, name, _BFLOATS, [high, low])
+            both = _call(builder, name, BFLOATS, [high, low])
             kind = ir.VectorType(_SHORT, 2 * LANES)
             both = builder.bitcast(both, kind)
             builder.store(both, pointer_at(builder, target, kind), align=2)

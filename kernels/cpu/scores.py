@@ -13,6 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from numba import carray, types
+from vllm_avl.kernels.cpu.packed import (
+    VECTOR,
+    add_packed_values,
+    end_pairs,
+    list_pair,
+    weigh_packed,
+)
 from vllm_avl.kernels.cpu.pairs import (
     LINE,
     PAIRS,
@@ -55,12 +62,28 @@ from vllm_avl.kernels.cpu.vectors import (
 
 
 @compiled
-def _keys_at(call: Any, head: int, slot: int) -> int:
-    """Address of a slot's key, in the KV head of a head."""
-    block, rest = divmod(slot, call.block_size)
+def _block_at(call: Any, head: int, slot: int) -> int:
+    """Address of the keys of a slot's block, in the KV head of a head."""
     half = call.block_size * call.head_size * call.itemsize
-    number = np.int64(read(call.blocks, types.int32, block)) * call.num_kv_heads
-    return call.cache + (number + head // call.group) * 2 * half + rest * call.itemsize
+    block = np.int64(read(call.blocks, types.int32, slot // call.block_size))
+    number = block * call.num_kv_heads + head // call.group
+    return call.cache + number * 2 * half
+
+
+@compiled
+def _keys_at(call: Any, head: int, slot: int) -> int:
+    """Address of the keys of `TILE` slots from one on."""
+    step = call.itemsize * (call.head_size if call.packed else 1)
+    return _block_at(call, head, slot) + slot % call.block_size * step
+
+
+@compiled
+def _values_at(call: Any, head: int, slot: int) -> int:
+    """Address of the values of `TILE` slots from one on."""
+    size, rest = call.head_size, slot % call.block_size
+    step = rest // 2 * VECTOR if call.packed else rest * size * call.itemsize
+    half = call.block_size * size * call.itemsize
+    return _block_at(call, head, slot) + half + step
 
 
 @inlined
@@ -76,7 +99,19 @@ def _part_weights(call: Any, head: int, part: int, queries: int, weights: int) -
         if later < call.num_tokens:
             ahead = _keys_at(call, head, later)
         step, to = call.block_size * call.itemsize, weights + 4 * tile * TILE
-        if call.paired:
+        if call.packed:
+            weigh_packed(
+                call.element,
+                keys,
+                size,
+                queries,
+                call.row_step,
+                rows,
+                call.scale,
+                to,
+                ahead,
+            )
+        elif call.paired:
             weigh_pairs(
                 call.element,
                 keys,
@@ -102,28 +137,53 @@ def _part_weights(call: Any, head: int, part: int, queries: int, weights: int) -
         exponentiate(at, count, norms + 8 * row)
 
 
+@compiled
+def _list_pairs(call: Any, head: int, first: int, count: int, picked: int) -> int:
+    """List the packed values of a part; return how many pairs."""
+    num_pairs = 0
+    for index in range(0, count, TILE):
+        values = _values_at(call, head, first + index)
+        for number in range(index, min(index + TILE, count), 2):
+            at = values + (number - index) // 2 * VECTOR
+            is_read = 3 if number + 1 < count else 1
+            num_pairs = list_pair(picked, num_pairs, at, number, is_read)
+    end_pairs(picked, num_pairs)
+    return num_pairs
+
+
 @inlined
 def _weigh_values(call: Any, head: int, part: int, weights: int, picked: int) -> None:
     """Write a part's values, weighted, behind its weights."""
     first, size = part * PART, call.head_size
     count = min(first + PART, call.num_tokens) - first
-    step, half = size * call.itemsize, call.block_size * size * call.itemsize
+    outputs = weights + call.part_step - 4 * call.num_rows * size
+    rows, narrow = call.num_rows, picked + PICKED_BYTES
+    num_slots = (count + TILE - 1) // TILE * TILE
+    if call.packed:
+        num_pairs = _list_pairs(call, head, first, count, picked)
+        pack_weights(weights, rows, num_slots, 0, narrow)
+        add_packed_values(
+            call.element,
+            picked,
+            num_pairs,
+            size,
+            call.block_size,
+            narrow,
+            rows,
+            outputs,
+        )
+        return
+    step = size * call.itemsize
     for index in range(0, count, TILE):
-        slot = (first + index) % call.block_size
-        value = _keys_at(call, head, first + index) + half
-        value += slot * (step - call.itemsize)
+        value = _values_at(call, head, first + index)
         for number in range(index, min(index + TILE, count)):
             write(picked, types.int64, 2 * number, value)
             write(picked, types.int64, 2 * number + 1, 4 * number)
             value += step
     end_list(picked, count)
-    outputs = weights + call.part_step - 4 * call.num_rows * size
-    rows = call.num_rows
     if call.paired:
-        packed = picked + PICKED_BYTES
-        tiles = (count + TILE - 1) // TILE
-        pack_weights(weights, rows, tiles * TILE, 0, packed)
-        add_value_pairs(call.element, picked, count, size, packed, rows, outputs)
+        pack_weights(weights, rows, num_slots, 0, narrow)
+        add_value_pairs(call.element, picked, count, size, narrow, rows, outputs)
     else:
         add_values(call.element, picked, count, size, weights, rows, outputs)
 
@@ -222,7 +282,7 @@ LOOP = Loop(
         *("query", "row_step", "head_step", "code", "num_rows", "num_heads"),
         *("head_size", "group", "num_tokens", "scores", "part_step"),
         *("scratch", "weights", "picked", "scratch_step"),
-        *("output", "output_row_step", "output_head_step", "paired"),
+        *("output", "output_row_step", "output_head_step", "paired", "packed"),
     ],
     ["scale", "soft_cap"],
 )
@@ -236,6 +296,8 @@ def attention_scores(
     scale: float,
     soft_cap: float = 0.0,
     output: torch.Tensor | None = None,
+    *,
+    packed: bool = False,
 ) -> torch.Tensor:
     """Sum attention probabilities over query rows, for every head and key.
 
@@ -252,6 +314,7 @@ def attention_scores(
         scale: softmax scale.
         soft_cap: tanh cap on the logits, 0 for none.
         output: as query, where to write what the rows attend to; None for nowhere.
+        packed: whether rows lie packed; query and cache are bfloat16 then.
 
     Returns:
         [num_heads, num_tokens] fp32.
@@ -274,6 +337,7 @@ def attention_scores(
     scores = torch.empty(num_heads, num_tokens, dtype=torch.float32)
     query_size = in_lines((num_rows + 1) * head_size)
     paired = PAIRS and query.dtype == kv_cache.dtype == torch.bfloat16
+    assert paired or not packed
     picked_size = in_lines((PICKED_BYTES + paired * num_rows * LINE) // 4)
     part_size = PART * (num_rows + 1) + 2 * num_rows
     if output is not None:
@@ -306,6 +370,7 @@ def attention_scores(
         4 * size,
         *written,
         paired,
+        packed,
         scale,
         soft_cap,
     )

@@ -80,6 +80,29 @@ def build_sums(builder: Any, rows: int, vectors: int) -> list[list[Any]]:
     ]
 
 
+def _places(builder: Any, sums: Any, outputs: Any, step: Any) -> list[Any]:
+    lines = [
+        builder.add(outputs, builder.mul(step, _LONG(n))) for n in range(len(sums))
+    ]
+    return [
+        (place, offset(builder, line, 4 * index * LANES))
+        for line, of_row in zip(lines, sums, strict=True)
+        for index, place in enumerate(of_row)
+    ]
+
+
+def load_sums(builder: Any, sums: Any, outputs: Any, step: Any) -> None:
+    """Begin with what has been written, a row's every `step` bytes."""
+    for place, at in _places(builder, sums, outputs, step):
+        builder.store(widened_from(builder, at, types.float32), place)
+
+
+def store_sums(builder: Any, sums: Any, outputs: Any, step: Any) -> None:
+    """Write sums back."""
+    for place, at in _places(builder, sums, outputs, step):
+        narrow_to(builder, at, builder.load(place), types.float32)
+
+
 def _add_products(builder: Any, sums: Any, factors: Any, vectors: Any) -> None:
     for of_row, factor in zip(sums, factors, strict=True):
         for place, vector in zip(of_row, vectors, strict=True):
@@ -211,14 +234,7 @@ def add_tile(
 
         def build(rows: int, vectors: int) -> None:
             sums = build_sums(builder, rows, vectors)
-            places = [
-                (place, builder.add(outputs, builder.mul(step, _LONG(row))), index)
-                for row in range(rows)
-                for index, place in enumerate(sums[row])
-            ]
-            for place, line, index in places:
-                at = offset(builder, line, 4 * index * LANES)
-                builder.store(widened_from(builder, at, types.float32), place)
+            load_sums(builder, sums, outputs, step)
             with cgutils.for_range(builder, num_picked) as loop:
                 later = entry(builder.add(loop.index, _LONG(AHEAD)), 0)
                 prefetch_tile(builder, builder.add(later, at_column), element)
@@ -230,9 +246,7 @@ def add_tile(
                     for row in range(rows)
                 ]
                 _add_products(builder, sums, factors, read)
-            for place, line, index in places:
-                at = offset(builder, line, 4 * index * LANES)
-                narrow_to(builder, at, builder.load(place), types.float32)
+            store_sums(builder, sums, outputs, step)
 
         whole = builder.icmp_signed("==", width, _LONG(TILE))
         with builder.if_else(whole) as (wide, narrow):

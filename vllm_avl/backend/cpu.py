@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_avl.backend.cpu_cache import KEYS_BY_COLUMN, CPUCache
+from vllm_avl.backend.cpu_cache import PACKED, READABLE, CPUCache
 from vllm_avl.backend.cpu_prompts import leave_scoring_rows
 from vllm_avl.backend.layer import Layer
 from vllm_avl.backend.ranks import RANKS
@@ -68,8 +68,7 @@ class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
         check_spec(kv_cache_spec, AVLSpec)
         check_layer_names(layer_names)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        if self.isa not in KEYS_BY_COLUMN:
-            # AMX packs keys in tiles; this kernel's rows can be moved one by one.
+        if self.isa not in READABLE:
             self.isa: str = "vec"
             self._set_isa_to_layers(layer_names)
 
@@ -182,18 +181,20 @@ class AVLImpl(CPUAttentionBackendImpl):
             )
         if ours is not None:
             index = extract_layer_index(layer.layer_name)  # type: ignore[attr-defined]
-            self._work(index, ours, kv_cache, query, output)
+            is_packed = layer.isa == PACKED  # type: ignore[attr-defined]
+            numbers = self.head_size, self.scale, self.logits_soft_cap
+            cache = CPUCache(kv_cache, *numbers, is_packed)
+            self._work(index, ours, cache, query, output)
         return output
 
     def _work(
         self,
         index: int,
         metadata: AVLMetadata,
-        kv_cache: torch.Tensor,
+        cache: CPUCache,
         query: torch.Tensor,
         output: torch.Tensor,
     ) -> None:
-        cache = CPUCache(kv_cache, self.head_size, self.scale, self.logits_soft_cap)
         attended = metadata.attended
         if attended is not None:
             cache.attend(query, attended.rows, attended.masks(index), output)

@@ -13,11 +13,14 @@ from vllm_avl.backend.rows import LayerRows, Mask
 from vllm_avl.backend.selection import best_slots_on_cpu
 from vllm_avl.kernels.cpu.attention import DecodeRows, selected_attention
 from vllm_avl.kernels.cpu.copy_rows import copy_rows
+from vllm_avl.kernels.cpu.pairs import PAIRS
 from vllm_avl.kernels.cpu.rank_rows import rank_rows
 from vllm_avl.kernels.cpu.scores import attention_scores
 
-KEYS_BY_COLUMN = ("vec", "vec16")
-"""Instruction sets of vLLM's kernel whose keys lie `[head_size, block_size]`."""
+PACKED = "amx"
+"""The one of vLLM's kernels whose rows lie packed in pairs (`kernels/cpu/packed.py`)."""
+READABLE = ("vec", "vec16", PACKED) if PAIRS else ("vec", "vec16")
+"""Those whose rows ours read on this processor."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,11 @@ class CPUCache:
     """A layer's cache on this rank."""
 
     kv_cache: torch.Tensor
-    """[num_blocks, num_kv_heads, block_size, 2 · head_size], a block's keys by column,
-    then its values by row."""
+    """[num_blocks, num_kv_heads, block_size, 2 · head_size], as `kernels.cpu` says."""
     head_size: int
     scale: float
     soft_cap: float
+    packed: bool = False
     seen_by: dict[int, torch.Tensor] = field(default_factory=dict)
     """By index of a row's token in the step, [num_heads, num_slots] attention."""
 
@@ -51,8 +54,9 @@ class CPUCache:
         output: torch.Tensor,
     ) -> None:
         """As `kernels.cpu.selected_attention`; what scored rows have seen is kept."""
+        numbers = self.scale, self.soft_cap
         seen = selected_attention(
-            query, self.halves, rows, masks, output, self.scale, self.soft_cap
+            query, self.halves, rows, masks, output, *numbers, packed=self.packed
         )
         self.seen_by.update({int(rows.tokens[row]): paid for row, paid in seen.items()})
 
@@ -65,7 +69,9 @@ class CPUCache:
     ) -> torch.Tensor:
         """As `kernels.cpu.attention_scores`."""
         numbers = num_tokens, self.scale, self.soft_cap
-        return attention_scores(query, self.halves, blocks, *numbers, output)
+        return attention_scores(
+            query, self.halves, blocks, *numbers, output, packed=self.packed
+        )
 
     def seen(self, task: Task, num_slots: int) -> torch.Tensor:
         """[num_heads, num_slots] attention of a row that our kernel has attended."""
@@ -112,6 +118,7 @@ class CPUCache:
             target_blocks,
             target,
             in_place=in_place,
+            packed=self.packed,
         )
 
     def set_core(

@@ -1,0 +1,311 @@
+"""Products with keys and values that lie packed in pairs, as vLLM's AMX kernel has them.
+
+A block's keys are `[block_size / 16, head_size / 2, 16, 2]`: pairs of elements, of 16
+slots beside each other. Its values are `[head_size / 16, block_size / 2, 16, 2]`: pairs
+of slots, of 16 elements beside each other. Elements are bfloat16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from vllm_avl.kernels.cpu.pairs import (
+    BFLOATS,
+    LINE,
+    PAIRS,
+    add_pairs,
+    pair_at,
+    store_products,
+)
+from vllm_avl.kernels.cpu.threads import compiled, copy_element, read, write
+from vllm_avl.kernels.cpu.tiles import (
+    AHEAD,
+    PART,
+    TILE,
+    build_sums,
+    for_rows,
+    load_sums,
+    rows_at_once,
+    store_sums,
+)
+from vllm_avl.kernels.cpu.vectors import (
+    LANES,
+    constant,
+    offset,
+    pointer_at,
+    prefetch_at,
+    splat,
+    store,
+)
+
+ENTRY = 3
+"""Numbers of a listed pair of values: its address, bytes from a row's first weight to
+the pair's, and the bits of its elements that are read."""
+VECTOR = 64
+"""Bytes of 16 pairs."""
+
+_WORD, _LONG = ir.IntType(32), ir.IntType(64)
+_WORDS = ir.VectorType(_WORD, 16)
+
+
+def _pairs_at(builder: Any, address: Any) -> Any:
+    kind = ir.VectorType(_WORD, LANES)
+    return builder.load(pointer_at(builder, address, kind), align=2)
+
+
+@intrinsic
+def _dot_packed(
+    _context: Any,
+    element: Any,
+    keys: Any,
+    head_size: Any,
+    query: Any,
+    row_step: Any,
+    num_rows: Any,
+    scale: Any,
+    logits: Any,
+    ahead: Any,
+) -> Any:
+    """As `tiles.dot_tile`, of rows that lie `row_step` bytes apart, times `scale`."""
+
+    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        _, keys, size, query, row_step, num_rows, scale, logits, ahead = values
+        if not PAIRS or element != types.uint16:
+            return context.get_dummy_value()
+        num_pairs = builder.udiv(size, _LONG(2))
+        to_next = builder.mul(num_pairs, _LONG(VECTOR))
+
+        def build(rows: int) -> None:
+            sums = build_sums(builder, rows, TILE // LANES)
+            for of_row in sums:
+                for place in of_row:
+                    builder.store(constant(0.0), place)
+            with cgutils.for_range(builder, num_pairs) as loop:
+                step = builder.mul(loop.index, _LONG(VECTOR))
+                pairs = []
+                for slots in range(TILE // LANES):
+                    at = builder.add(step, builder.mul(to_next, _LONG(slots)))
+                    prefetch_at(builder, builder.add(ahead, at))
+                    found = _pairs_at(builder, builder.add(keys, at))
+                    pairs.append(builder.bitcast(found, BFLOATS))
+                at = builder.add(query, builder.mul(loop.index, _LONG(4)))
+                for row, places in enumerate(sums):
+                    of_row = builder.add(at, builder.mul(row_step, _LONG(row)))
+                    add_pairs(builder, places, pair_at(builder, of_row), pairs)
+            store_products(builder, sums, scale, logits)
+
+        for_rows(builder, num_rows, build)
+        return context.get_dummy_value()
+
+    numbers = [types.int64] * 5
+    return types.void(element, *numbers, types.float32, *numbers[:2]), generate
+
+
+@intrinsic
+def _add_packed(
+    _context: Any,
+    element: Any,
+    picked: Any,
+    num_pairs: Any,
+    column: Any,
+    group_step: Any,
+    weights: Any,
+    num_rows: Any,
+    sums: Any,
+    sum_step: Any,
+) -> Any:
+    """As `tiles.add_tile`, of `TILE` columns of listed pairs by packed weights.
+
+    Args:
+        group_step: bytes from 16 elements of a half block to the next 16.
+    """
+
+    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        _, picked, num_pairs, column, group_step, weights, num_rows, outputs, step = (
+            values
+        )
+        if not PAIRS or element != types.uint16:
+            return context.get_dummy_value()
+        groups = builder.udiv(column, _LONG(LANES))
+        at_column = builder.mul(groups, group_step)
+        outputs = builder.add(outputs, builder.mul(column, _LONG(4)))
+
+        def entry(index: Any, number: int) -> Any:
+            at = builder.add(picked, builder.mul(index, _LONG(8 * ENTRY)))
+            at = offset(builder, at, 8 * number)
+            return builder.load(pointer_at(builder, at, _LONG))
+
+        def vectors_at(index: Any) -> list[Any]:
+            first = builder.add(entry(index, 0), at_column)
+            return [first, builder.add(first, group_step)]
+
+        def build(rows: int) -> None:
+            sums = build_sums(builder, rows, TILE // LANES)
+            load_sums(builder, sums, outputs, step)
+            with cgutils.for_range(builder, num_pairs) as loop:
+                for at in vectors_at(builder.add(loop.index, _LONG(AHEAD // 2))):
+                    prefetch_at(builder, at)
+                bits = builder.trunc(entry(loop.index, 2), _WORD)
+                one = builder.insert_element(
+                    ir.Constant(_WORDS, ir.Undefined), bits, _WORD(0)
+                )
+                zeros = ir.Constant(_WORDS, [0] * LANES)
+                bits = builder.shuffle_vector(one, one, zeros)
+                # Of a pair that is read by half, the other may be anything.
+                pairs = [
+                    builder.bitcast(builder.and_(_pairs_at(builder, at), bits), BFLOATS)
+                    for at in vectors_at(loop.index)
+                ]
+                at = builder.add(weights, entry(loop.index, 1))
+                for row, places in enumerate(sums):
+                    factor = pair_at(builder, offset(builder, at, row * LINE))
+                    add_pairs(builder, places, factor, pairs)
+            store_sums(builder, sums, outputs, step)
+
+        for_rows(builder, num_rows, build)
+        return context.get_dummy_value()
+
+    return types.void(element, *[types.int64] * 8), generate
+
+
+@compiled
+def weigh_packed(
+    element: Any,
+    keys: int,
+    size: int,
+    query: int,
+    row_step: int,
+    rows: int,
+    scale: float,
+    logits: int,
+    ahead: int,
+) -> None:
+    """As `pairs.weigh_pairs`, of `TILE` packed keys."""
+    row = 0
+    while row < rows:
+        at_once, at = rows_at_once(rows - row), query + row * row_step
+        to = logits + 4 * row * PART
+        _dot_packed(element, keys, size, at, row_step, at_once, scale, to, ahead)
+        row += at_once
+
+
+@compiled
+def list_pair(picked: int, count: int, values: int, number: int, is_read: int) -> int:
+    """List a pair of values if one of them is read; return the new `count`.
+
+    Args:
+        picked: address of int64 [more than count, ENTRY].
+        values: address of the pair's first elements.
+        number: of its first slot among the weights, even.
+        is_read: 1 for the first, 2 for the second, 3 for both.
+    """
+    bits = (is_read & 1) * 0xFFFF + (is_read >> 1) * 0xFFFF0000
+    write(picked, types.int64, ENTRY * count, values)
+    write(picked, types.int64, ENTRY * count + 1, 2 * number)
+    write(picked, types.int64, ENTRY * count + 2, bits)
+    return count + (is_read > 0)
+
+
+@compiled
+def end_pairs(picked: int, count: int) -> None:
+    """Write behind `count` listed pairs what may be fetched ahead of need."""
+    last = read(picked, types.int64, ENTRY * max(count - 1, 0))
+    for index in range(count, count + AHEAD // 2):
+        write(picked, types.int64, ENTRY * index, last)
+
+
+@compiled
+def add_packed_values(
+    element: Any,
+    picked: int,
+    count: int,
+    size: int,
+    block_size: int,
+    weights: int,
+    rows: int,
+    sums: int,
+) -> None:
+    """Write the sums of `count` listed pairs, weighted: fp32 [rows, size].
+
+    Args:
+        size: a multiple of `TILE`.
+        weights: as `pairs.pack_weights` writes them, a slot's at its number.
+    """
+    for at in range(0, 4 * rows * size, 4 * LANES):
+        store(sums + at, splat(np.float32(0)))
+    group_step = block_size * LANES * 2
+    for first in range(0, count, TILE // 2):
+        num_pairs = min(count - first, TILE // 2)
+        for column in range(0, size, TILE):
+            row = 0
+            while row < rows:
+                at_once = rows_at_once(rows - row)
+                _add_packed(
+                    element,
+                    picked + 8 * ENTRY * first,
+                    num_pairs,
+                    column,
+                    group_step,
+                    weights + row * LINE,
+                    at_once,
+                    sums + 4 * row * size,
+                    4 * size,
+                )
+                row += at_once
+
+
+@compiled
+def key_place(slot: int, size: int) -> int:
+    """Where a slot's first element lies in a half block of keys, in elements."""
+    return slot // LANES * LANES * size + slot % LANES * 2
+
+
+@compiled
+def value_place(slot: int) -> int:
+    """The same, of values."""
+    return slot // 2 * 2 * LANES + slot % 2
+
+
+@compiled
+def copy_key(
+    source: int,
+    old: int,
+    old_step: int,
+    target: int,
+    new: int,
+    new_step: int,
+    size: int,
+) -> None:
+    """Copy a key, a pair of elements every `step` elements."""
+    for pair in range(size // 2):
+        at, to = (old + pair * old_step) // 2, (new + pair * new_step) // 2
+        copy_element(source, at, target, to, np.uint32(0))
+
+
+@compiled
+def copy_value(
+    source: int,
+    old: int,
+    old_steps: tuple,
+    target: int,
+    new: int,
+    new_steps: tuple,
+    size: int,
+    element: Any,
+) -> None:
+    """Copy a value: elements and groups of 16 elements are `steps` elements apart."""
+    for group in range(size // LANES):
+        at, to = old + group * old_steps[1], new + group * new_steps[1]
+        for index in range(LANES):
+            copy_element(
+                source,
+                at + index * old_steps[0],
+                target,
+                to + index * new_steps[0],
+                element,
+            )
