@@ -1,4 +1,4 @@
-"""Products with keys and values that lie packed in pairs, as vLLM's AMX kernel has them.
+"""Products with rows packed in pairs, as vLLM's AMX kernel has them.
 
 A block's keys are `[block_size / 16, head_size / 2, 16, 2]`: pairs of elements, of 16
 slots beside each other. Its values are `[head_size / 16, block_size / 2, 16, 2]`: pairs

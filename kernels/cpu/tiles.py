@@ -81,9 +81,8 @@ def build_sums(builder: Any, rows: int, vectors: int) -> list[list[Any]]:
 
 
 def _places(builder: Any, sums: Any, outputs: Any, step: Any) -> list[Any]:
-    lines = [
-        builder.add(outputs, builder.mul(step, _LONG(n))) for n in range(len(sums))
-    ]
+    steps = [builder.mul(step, _LONG(row)) for row in range(len(sums))]
+    lines = [builder.add(outputs, to_row) for to_row in steps]
     return [
         (place, offset(builder, line, 4 * index * LANES))
         for line, of_row in zip(lines, sums, strict=True)

@@ -18,7 +18,7 @@ from vllm_avl.kernels.cpu.rank_rows import rank_rows
 from vllm_avl.kernels.cpu.scores import attention_scores
 
 PACKED = "amx"
-"""The one of vLLM's kernels whose rows lie packed in pairs (`kernels/cpu/packed.py`)."""
+"""The one of vLLM's kernels whose rows are in pairs (`kernels/cpu/packed.py`)."""
 READABLE = ("vec", "vec16", PACKED) if PAIRS else ("vec", "vec16")
 """Those whose rows ours read on this processor."""
 
