@@ -64,7 +64,7 @@ _TILES_BYTES = 16 * (PART // TILE)
 def _list_values(
     lists: int, count: int, values: int, step: int, tile: int, marks: int
 ) -> int:
-    """List what is read of a tile's values, `step` bytes apart; return the new count."""
+    """List a tile's values that are read, `step` bytes apart; return the count."""
     for number in range(TILE):
         write(lists, types.int64, 2 * count, values + number * step)
         write(lists, types.int64, 2 * count + 1, 4 * (tile * TILE + number))
