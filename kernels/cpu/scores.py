@@ -13,6 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 from numba import carray, types
+from vllm_avl.kernels.cpu.amx import (
+    AMX,
+    CONFIG,
+    MATRIX,
+    MATRIX_ROWS,
+    add_matrices,
+    begin_matrices,
+    copy_first_values,
+    end_matrices,
+    lay_rows,
+    weigh_matrices,
+)
 from vllm_avl.kernels.cpu.packed import (
     VECTOR,
     add_packed_values,
@@ -53,6 +65,7 @@ from vllm_avl.kernels.cpu.tiles import (
 from vllm_avl.kernels.cpu.vectors import (
     CODES,
     ELEMENTS,
+    LANES,
     load,
     multiply_add,
     splat,
@@ -99,7 +112,9 @@ def _part_weights(call: Any, head: int, part: int, queries: int, weights: int) -
         if later < call.num_tokens:
             ahead = _keys_at(call, head, later)
         step, to = call.block_size * call.itemsize, weights + 4 * tile * TILE
-        if call.packed:
+        if call.config:
+            weigh_matrices(keys, size, queries, rows, call.scale, to)
+        elif call.packed:
             weigh_packed(
                 call.element,
                 keys,
@@ -127,7 +142,7 @@ def _part_weights(call: Any, head: int, part: int, queries: int, weights: int) -
         else:
             weigh_tile(call.element, keys, step, size, queries, rows, to, ahead)
     count = num_tiles * TILE
-    norms = weights + 4 * rows * PART
+    norms = weights + 4 * call.lines * PART
     for row in range(rows):
         at = weights + 4 * row * PART
         if call.soft_cap > 0:
@@ -151,14 +166,41 @@ def _list_pairs(call: Any, head: int, first: int, count: int, picked: int) -> in
     return num_pairs
 
 
+@compiled
+def _add_matrices(
+    call: Any, head: int, first: int, count: int, tiles: int, narrow: int, outputs: int
+) -> None:
+    """Write the sums of a part's values, by narrow weights."""
+    size, rows = call.head_size, call.num_rows
+    for at in range(0, 4 * call.lines * size, STEP):
+        store(outputs + at, splat(np.float32(0)))
+    step, num_tiles = call.block_size * MATRIX // TILE, count // TILE
+    for tile in range(num_tiles):
+        values = _values_at(call, head, first + tile * TILE)
+        write(tiles, types.int64, tile, values)
+    add_matrices(tiles, num_tiles, size, step, narrow, rows, outputs)
+    whole = num_tiles * TILE
+    if whole < count:
+        # What lies behind the last slot may be anything.
+        values = _values_at(call, head, first + whole)
+        copied = narrow + call.lines * LINE
+        copy_first_values(values, count - whole, size, step, copied)
+        write(tiles, types.int64, 0, copied)
+        add_matrices(tiles, 1, size, MATRIX, narrow + 2 * whole, rows, outputs)
+
+
 @inlined
 def _weigh_values(call: Any, head: int, part: int, weights: int, picked: int) -> None:
     """Write a part's values, weighted, behind its weights."""
     first, size = part * PART, call.head_size
     count = min(first + PART, call.num_tokens) - first
-    outputs = weights + call.part_step - 4 * call.num_rows * size
+    outputs = weights + call.part_step - 4 * call.lines * size
     rows, narrow = call.num_rows, picked + PICKED_BYTES
     num_slots = (count + TILE - 1) // TILE * TILE
+    if call.config:
+        pack_weights(weights, rows, num_slots, 0, narrow)
+        _add_matrices(call, head, first, count, picked, narrow, outputs)
+        return
     if call.packed:
         num_pairs = _list_pairs(call, head, first, count, picked)
         pack_weights(weights, rows, num_slots, 0, narrow)
@@ -191,10 +233,10 @@ def _weigh_values(call: Any, head: int, part: int, weights: int, picked: int) ->
 @compiled
 def _put_together(call: Any, head: int, row: int, parts: int, weights: int) -> None:
     """Write a row's output for a head."""
-    rows, size = call.num_rows, call.head_size
+    lines, size = call.lines, call.head_size
     to = call.output + row * call.output_row_step + head * call.output_head_step
-    norms = weights + 4 * PART * rows + 8 * row
-    outputs = weights + call.part_step - 4 * (rows - row) * size
+    norms = weights + 4 * PART * lines + 8 * row
+    outputs = weights + call.part_step - 4 * (lines - row) * size
     itemsize = 4 if call.code == 0 else 2
     for at in range(0, 4 * size, STEP):
         total = splat(np.float32(0))
@@ -210,7 +252,7 @@ def _sum_rows(call: Any, head: int, part: int, weights: int) -> None:
     """Write a part's scores, of weights and what normalises them."""
     first = part * PART
     count = min(first + PART, call.num_tokens) - first
-    norms = weights + 4 * PART * call.num_rows
+    norms = weights + 4 * PART * call.lines
     sums = norms + 8 * call.num_rows
     for at in range(0, 4 * count, STEP):
         total = splat(np.float32(0))
@@ -230,7 +272,10 @@ def _weigh(call: Any, head: int, first: int, end: int, weights: int) -> None:
     queries = call.scratch + np.int64(thread_index()) * call.scratch_step
     query = call.query + head * call.head_step
     rows, size = call.num_rows, call.head_size
-    if call.paired:
+    if call.config:
+        lay_rows(query, call.row_step, rows, size, queries)
+        begin_matrices(call.config)
+    elif call.paired:
         queries = query
     else:
         lay_queries(query, call.row_step, call.code, call.scale, rows, size, queries)
@@ -240,6 +285,8 @@ def _weigh(call: Any, head: int, first: int, end: int, weights: int) -> None:
         if call.output:
             picked = call.picked + np.int64(thread_index()) * call.scratch_step
             _weigh_values(call, head, part, at, picked)
+    if call.config:
+        end_matrices()
 
 
 def _scores(data: Any) -> None:
@@ -262,7 +309,8 @@ def _scores(data: Any) -> None:
         first_row, end_row = share(heads * rows)
         for item in range(first_row, end_row):
             turn, row = divmod(item, rows)
-            norms = call.weights + turn * call.scratch_step + 4 * PART * rows + 8 * row
+            norms = call.weights + turn * call.scratch_step
+            norms += 4 * PART * call.lines + 8 * row
             normalise(norms, call.part_step, parts)
             if call.output:
                 weights = call.weights + turn * call.scratch_step
@@ -283,6 +331,7 @@ LOOP = Loop(
         *("head_size", "group", "num_tokens", "scores", "part_step"),
         *("scratch", "weights", "picked", "scratch_step"),
         *("output", "output_row_step", "output_head_step", "paired", "packed"),
+        *("lines", "config"),
     ],
     ["scale", "soft_cap"],
 )
@@ -335,13 +384,18 @@ def attention_scores(
         written = output.data_ptr(), *steps
     parts = -(-num_tokens // PART)
     scores = torch.empty(num_heads, num_tokens, dtype=torch.float32)
-    query_size = in_lines((num_rows + 1) * head_size)
     paired = PAIRS and query.dtype == kv_cache.dtype == torch.bfloat16
     assert paired or not packed
-    picked_size = in_lines((PICKED_BYTES + paired * num_rows * LINE) // 4)
-    part_size = PART * (num_rows + 1) + 2 * num_rows
+    config, lines = 0, num_rows
+    if AMX and packed:
+        config = CONFIG.ctypes.data
+        lines = -(-num_rows // MATRIX_ROWS) * MATRIX_ROWS
+    query_size = in_lines((lines + 1) * head_size)
+    of_last = head_size * MATRIX // LANES
+    picked_size = in_lines((PICKED_BYTES + paired * lines * LINE + of_last) // 4)
+    part_size = PART * (lines + 1) + 2 * num_rows
     if output is not None:
-        part_size += num_rows * head_size
+        part_size += lines * head_size
     part_size = in_lines(part_size)
     size = query_size + picked_size + parts * part_size
     scratch = scratch_of(4 * size * torch.get_num_threads())
@@ -371,6 +425,8 @@ def attention_scores(
         *written,
         paired,
         packed,
+        lines,
+        config,
         scale,
         soft_cap,
     )
