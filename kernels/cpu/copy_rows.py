@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from numba import carray, types
-from vllm_avl.kernels.cpu.packed import copy_key, copy_value, key_place, value_place
+from vllm_avl.kernels.cpu.packed import (
+    copy_key,
+    copy_value,
+    copy_value_pair,
+    key_place,
+    value_place,
+)
 from vllm_avl.kernels.cpu.threads import (
     Loop,
     compiled,
@@ -188,7 +194,15 @@ def _copy_packed_values(call: Any, source: int, target: int, kept: int) -> None:
     """The same, of values."""
     size, cache, element = call.head_size, call.cache, call.element
     steps, together = (2, call.block_size * LANES), (1, LANES)
-    for index in range(call.count):
+    first = 0
+    if not call.in_place and not call.target:
+        for first in range(0, call.count - 1, 2):
+            one = read(source, types.int64, first)
+            other = read(source, types.int64, first + 1)
+            to = read(target, types.int64, first)
+            copy_value_pair(cache, one, other, to, steps[1], size)
+        first = call.count // 2 * 2
+    for index in range(first, call.count):
         at = read(source, types.int64, index)
         if call.in_place:
             to = index * size

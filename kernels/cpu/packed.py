@@ -309,3 +309,51 @@ def copy_value(
                 to + index * new_steps[0],
                 element,
             )
+
+
+@intrinsic
+def _merge(
+    _context: Any, one: Any, shift: Any, other: Any, other_shift: Any, target: Any
+) -> Any:
+    """Write 16 pairs: of each at `one` and of each at `other` an element.
+
+    Args:
+        one: address of 16 pairs, of which the second are taken if `shift` is 16, the
+            first if it is 0.
+        other: the same, by `other_shift`.
+        target: address.
+    """
+
+    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        one, shift, other, other_shift, target = values
+        if LANES != 16:
+            return context.get_dummy_value()
+
+        def all_lanes(number: Any) -> Any:
+            bits = builder.trunc(number, _WORD)
+            empty = ir.Constant(_WORDS, ir.Undefined)
+            first = builder.insert_element(empty, bits, _WORD(0))
+            return builder.shuffle_vector(first, first, ir.Constant(_WORDS, [0] * 16))
+
+        low = builder.lshr(_pairs_at(builder, one), all_lanes(shift))
+        low = builder.and_(low, ir.Constant(_WORDS, [0xFFFF] * 16))
+        high = builder.lshr(_pairs_at(builder, other), all_lanes(other_shift))
+        high = builder.shl(high, ir.Constant(_WORDS, [16] * 16))
+        to = pointer_at(builder, target, _WORDS)
+        builder.store(builder.or_(low, high), to, align=2)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), generate
+
+
+@compiled
+def copy_value_pair(
+    cache: int, one: int, other: int, to: int, group_step: int, size: int
+) -> None:
+    """Copy two values to a pair of slots; places and the step are in elements."""
+    line, second, target = cache + one // 2 * 4, cache + other // 2 * 4, cache + 2 * to
+    for _ in range(size // LANES):
+        _merge(line, one % 2 * 16, second, other % 2 * 16, target)
+        line += 2 * group_step
+        second += 2 * group_step
+        target += 2 * group_step
