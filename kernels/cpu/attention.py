@@ -17,6 +17,7 @@ from vllm_avl.kernels.cpu.pairs import (
     LINE,
     PAIRS,
     add_value_pairs,
+    is_paired,
     pack_weights,
     weigh_pairs,
 )
@@ -44,6 +45,7 @@ from vllm_avl.kernels.cpu.vectors import (
     ELEMENTS,
     keep_marked,
     load,
+    multiply,
     multiply_add,
     splat,
     store,
@@ -180,6 +182,7 @@ def _put_together(call: Any, row: int, head: int, item: int, parts: int) -> None
                 values = load(outputs + 4 * (part * group + member) * size + at)
                 factor = read(norms, types.float32, 2 * group * part)
                 total = multiply_add(values, splat(factor), total)
+            total = multiply(total, splat(call.value_scale))
             store_as(to + at // 4 * itemsize, total, call.code)
         to += call.output_head_step
         if read(call.paid, types.int64, row):
@@ -251,7 +254,7 @@ LOOP = Loop(
         *("query", "query_row_step", "query_head_step", "group", "head_size"),
         *("output", "output_row_step", "output_head_step", "code", "paired"),
     ],
-    ["scale", "soft_cap"],
+    ["scale", "soft_cap", "value_scale"],
 )
 
 
@@ -339,6 +342,8 @@ def selected_attention(
     output: torch.Tensor,
     scale: float,
     soft_cap: float = 0.0,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> dict[int, torch.Tensor]:
     """Attend from decode rows to the selected keys of their sequences.
 
@@ -353,6 +358,8 @@ def selected_attention(
         output: as query; written where rows has tokens.
         scale: softmax scale.
         soft_cap: tanh cap on the logits, 0 for none.
+        k_scale: what cached keys are multiplied by.
+        v_scale: what cached values are multiplied by.
 
     Returns:
         [num_heads, num_tokens] attention that each scored row paid, fp32, by the row's
@@ -389,8 +396,9 @@ def selected_attention(
         output.stride(0) * itemsize,
         output.stride(1) * itemsize,
         CODES[query.dtype],
-        PAIRS and query.dtype == kv_cache.dtype == torch.bfloat16,
-        scale,
+        is_paired(query.dtype, kv_cache.dtype),
+        scale * k_scale,
         soft_cap,
+        v_scale,
     )
     return probabilities

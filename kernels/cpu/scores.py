@@ -15,8 +15,8 @@ import torch
 from numba import carray, types
 from vllm_avl.kernels.cpu.pairs import (
     LINE,
-    PAIRS,
     add_value_pairs,
+    is_paired,
     pack_weights,
     weigh_pairs,
 )
@@ -47,6 +47,7 @@ from vllm_avl.kernels.cpu.vectors import (
     CODES,
     ELEMENTS,
     load,
+    multiply,
     multiply_add,
     splat,
     store,
@@ -142,6 +143,7 @@ def _put_together(call: Any, head: int, row: int, parts: int, weights: int) -> N
             factor = read(norms + part * call.part_step, types.float32, 0)
             values = load(outputs + part * call.part_step + at)
             total = multiply_add(values, splat(factor), total)
+        total = multiply(total, splat(call.value_scale))
         store_as(to + at // 4 * itemsize, total, call.code)
 
 
@@ -224,7 +226,7 @@ LOOP = Loop(
         *("scratch", "weights", "picked", "scratch_step"),
         *("output", "output_row_step", "output_head_step", "paired"),
     ],
-    ["scale", "soft_cap"],
+    ["scale", "soft_cap", "value_scale"],
 )
 
 
@@ -236,6 +238,8 @@ def attention_scores(
     scale: float,
     soft_cap: float = 0.0,
     output: torch.Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """Sum attention probabilities over query rows, for every head and key.
 
@@ -252,6 +256,8 @@ def attention_scores(
         scale: softmax scale.
         soft_cap: tanh cap on the logits, 0 for none.
         output: as query, where to write what the rows attend to; None for nowhere.
+        k_scale: what cached keys are multiplied by.
+        v_scale: what cached values are multiplied by.
 
     Returns:
         [num_heads, num_tokens] fp32.
@@ -273,7 +279,7 @@ def attention_scores(
     parts = -(-num_tokens // PART)
     scores = torch.empty(num_heads, num_tokens, dtype=torch.float32)
     query_size = in_lines((num_rows + 1) * head_size)
-    paired = PAIRS and query.dtype == kv_cache.dtype == torch.bfloat16
+    paired = is_paired(query.dtype, kv_cache.dtype)
     picked_size = in_lines((PICKED_BYTES + paired * num_rows * LINE) // 4)
     part_size = PART * (num_rows + 1) + 2 * num_rows
     if output is not None:
@@ -306,7 +312,8 @@ def attention_scores(
         4 * size,
         *written,
         paired,
-        scale,
+        scale * k_scale,
         soft_cap,
+        v_scale,
     )
     return scores

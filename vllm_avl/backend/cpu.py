@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_avl.backend.cpu_cache import KEYS_BY_COLUMN, CPUCache
 from vllm_avl.backend.cpu_prompts import leave_scoring_rows
+from vllm_avl.backend.fp8 import as_numbers
 from vllm_avl.backend.layer import Layer
 from vllm_avl.backend.ranks import RANKS
 from vllm_avl.backend.request import Task
@@ -29,7 +30,7 @@ from vllm_avl.backend.step import StepRows, current_step
 from vllm_avl.backend.view import make_tasks, stored_table_on_cpu
 from vllm_avl.cache.spec import AVLSpec, adapt
 from vllm_avl.kernels.cpu.attention import DecodeRows
-from vllm_avl.support import check_layer, check_layer_names, check_spec
+from vllm_avl.support import FP8_CACHES, check_layer, check_layer_names, check_spec
 
 
 @dataclass
@@ -182,18 +183,24 @@ class AVLImpl(CPUAttentionBackendImpl):
             )
         if ours is not None:
             index = extract_layer_index(layer.layer_name)  # type: ignore[attr-defined]
-            self._work(index, ours, kv_cache, query, output)
+            self._work(index, ours, self._cache(layer, kv_cache), query, output)
         return output
+
+    def _cache(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> CPUCache:
+        of_layer = self.head_size, self.scale, self.logits_soft_cap
+        if not self.is_fp8_kv_cache:
+            return CPUCache(kv_cache, *of_layer)
+        scales = layer._k_scale_float, layer._v_scale_float
+        return CPUCache(as_numbers(kv_cache), *of_layer, *scales)
 
     def _work(
         self,
         index: int,
         metadata: AVLMetadata,
-        kv_cache: torch.Tensor,
+        cache: CPUCache,
         query: torch.Tensor,
         output: torch.Tensor,
     ) -> None:
-        cache = CPUCache(kv_cache, self.head_size, self.scale, self.logits_soft_cap)
         attended = metadata.attended
         if attended is not None:
             cache.attend(query, attended.rows, attended.masks(index), output)
@@ -205,7 +212,7 @@ class AVLImpl(CPUAttentionBackendImpl):
 class AVLBackend(CPUAttentionBackend):
     """CPU_ATTN that stores and reads what matters."""
 
-    supported_kv_cache_dtypes: ClassVar[list] = ["auto"]
+    supported_kv_cache_dtypes: ClassVar[list] = ["auto", *FP8_CACHES]
 
     @staticmethod
     def get_name() -> str:
