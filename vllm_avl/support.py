@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -11,6 +12,9 @@ from vllm_avl.policies import POLICIES
 
 BACKEND = "--attention-backend avl"
 WAY_OUT = f"or start without {BACKEND}"
+FP8_CACHES = ("fp8", "fp8_e4m3")
+"""Quantised caches that are supported, by vLLM's names: e4m3, a scale a tensor."""
+CACHES = ("auto", "bfloat16", "float16", *FP8_CACHES)
 
 
 class UnsupportedError(ValueError):
@@ -72,8 +76,12 @@ REFUSALS = (
         "does not support KV connectors; drop --kv-transfer-config and KV offloading",
     ),
     Refusal(
-        lambda c: c.cache_config.cache_dtype not in ("auto", "bfloat16", "float16"),
-        "does not support a quantised KV cache; drop --kv-cache-dtype",
+        lambda c: (
+            c.cache_config.cache_dtype in FP8_CACHES
+            and c.cache_config.kv_cache_dtype_skip_layers
+        ),
+        "does not support a KV cache that is fp8 in some layers; drop "
+        "--kv-cache-dtype-skip-layers",
     ),
     Refusal(
         lambda c: c.cache_config.kv_sharing_fast_prefill,
@@ -116,12 +124,31 @@ def refuse_flash(reasons: Sequence[str]) -> NoReturn:
     )
 
 
+def warn_of_quality(model_type: str, cache_dtype: str) -> None:
+    """Say where answers are reported to suffer, whether or not rows are evicted."""
+    if cache_dtype in FP8_CACHES and model_type in ("qwen2_vl", "qwen2_5_vl"):
+        logging.getLogger("vllm.avl").warning(
+            "An fp8 KV cache is reported to spoil answers of Qwen2-VL and Qwen2.5-VL "
+            "(github.com/vllm-project/vllm/issues/41343, seen with fp8_e5m2 and "
+            "scales of 1); compare with --kv-cache-dtype auto"
+        )
+
+
 def check_config(vllm_config: Any, avl_config: AVLConfig) -> None:
     """Refuse settings that cannot be combined with adaptive attention."""
     for refusal in REFUSALS:
         if refusal.applies(vllm_config):
             raise UnsupportedError(f"{BACKEND} {refusal.sentence}, {WAY_OUT}")
+    _check_cache(vllm_config.cache_config.cache_dtype)
     _check_chunks(vllm_config.scheduler_config, avl_config)
+
+
+def _check_cache(dtype: str) -> None:
+    if dtype not in CACHES:
+        raise UnsupportedError(
+            f"{BACKEND} does not support a KV cache of {dtype}; choose one of "
+            f"{', '.join(CACHES)} with --kv-cache-dtype, {WAY_OUT}"
+        )
 
 
 def _check_chunks(scheduler_config: Any, avl_config: AVLConfig) -> None:
@@ -156,8 +183,19 @@ def check_unclaimed(setting: str, value: object, ours: Sequence[object]) -> None
         )
 
 
-def check_attention(attn_type: str, use_mla: bool) -> None:
-    """Refuse attention that reads another cache than its own past tokens."""
+def check_attention(attn_type: str, use_mla: bool, scales_by_head: bool) -> None:
+    """Refuse attention that reads another cache than its own past tokens.
+
+    Args:
+        attn_type: vLLM's word for what a layer attends to.
+        use_mla: whether the cache holds latent vectors.
+        scales_by_head: whether the checkpoint has a scale for each KV head.
+    """
+    if scales_by_head:
+        raise UnsupportedError(
+            f"{BACKEND} does not support fp8 KV caches with a scale for each head; "
+            f"choose a checkpoint with one scale a tensor, {WAY_OUT}"
+        )
     if use_mla:
         raise UnsupportedError(f"{BACKEND} {REFUSALS[0].sentence}, {WAY_OUT}")
     if attn_type == "encoder_decoder":

@@ -10,14 +10,19 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from vllm_avl.kernels import cpu
 
-DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
+DTYPES = {
+    name: getattr(torch, name)
+    for name in ("bfloat16", "float8_e4m3fn", "float16", "float32")
+}
+QUERIES = DTYPES | {"float8_e4m3fn": torch.bfloat16}
+"""Dtypes of queries, by the cache's."""
 NUM_TOKENS, NUM_ROWS, BLOCK_SIZE = 2400, 8, 32
 NUM_SCORING_ROWS, NUM_SCORED_TOKENS, TAIL, KEPT = 32, 2341, 64, 0.3
 COLD_BYTES = 100e6
@@ -59,7 +64,7 @@ def attention(dtype, num_kv_heads, group, head_size, selected):
     num_blocks = NUM_TOKENS // BLOCK_SIZE * NUM_ROWS
     layers = make_layers(dtype, num_blocks, num_kv_heads, head_size, num_bytes)
     table = torch.randperm(num_blocks, dtype=torch.int32).view(NUM_ROWS, -1)
-    query = torch.randn(NUM_ROWS, num_kv_heads * group, head_size).to(DTYPES[dtype])
+    query = torch.randn(NUM_ROWS, num_kv_heads * group, head_size).to(QUERIES[dtype])
     output, nothing = torch.empty_like(query), np.zeros(NUM_ROWS, np.int64)
     masks = np.array([line.data_ptr() for line in mask])
     rows = cpu.DecodeRows(
@@ -86,7 +91,7 @@ def scores(dtype, num_kv_heads, group, head_size):
     layers = make_layers(dtype, num_blocks, num_kv_heads, head_size, size)
     blocks = torch.randperm(num_blocks, dtype=torch.int32)
     query = torch.randn(NUM_SCORING_ROWS, num_kv_heads * group, head_size)
-    query = query.to(DTYPES[dtype])
+    query = query.to(QUERIES[dtype])
 
     def run(layer):
         cpu.attention_scores(query, layers[layer], blocks, NUM_SCORED_TOKENS, 0.1)
@@ -113,8 +118,8 @@ def copying(dtype, num_kv_heads, head_size, overlapping):
     return Case("copy_rows", dtype, shape, size, run, len(layers))
 
 
-def cases(quick: bool) -> Iterator[Case]:
-    for dtype in ["bfloat16"] if quick else DTYPES:
+def cases(dtypes: Iterable[str]) -> Iterator[Case]:
+    for dtype in dtypes:
         for num_kv_heads, group in ((8, 1), (2, 8)):
             for head_size in (64, 128):
                 for selected in ("all", "scattered", "leading"):
@@ -145,15 +150,18 @@ def measure(case: Case, rounds: int) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="bfloat16, few rounds")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"{options.threads} threads; ratio: to a copy of the same bytes")
-    print(f"{'operation':19} {'dtype':9} {'shape':32} {'MB':>6} {'ms':>7} {'ratio':>6}")
-    for case in cases(options.quick):
+    print(
+        f"{'operation':19} {'dtype':13} {'shape':32} {'MB':>6} {'ms':>7} {'ratio':>6}"
+    )
+    for case in cases(["bfloat16"] if options.quick else options.dtypes):
         milliseconds, ratio = measure(case, 15 if options.quick else 60)
         print(
-            f"{case.operation:19} {case.dtype:9} {case.shape:32}"
+            f"{case.operation:19} {case.dtype:13} {case.shape:32}"
             f" {case.num_bytes / 1e6:6.1f} {milliseconds:7.2f} {ratio:6.2f}"
         )
 

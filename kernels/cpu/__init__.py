@@ -3,8 +3,8 @@
 A cache is `[num_blocks, num_kv_heads, 2, block_size · head_size]`, contiguous: a
 block's keys by column `[head_size, block_size]`, then its values by row, as vLLM's
 kernel lays them out; or both packed in pairs, as its AMX kernel does (`packed.py`).
-Block sizes are multiples of 32, head sizes of 16. Elements are bfloat16, float16 or
-float32.
+Block sizes are multiples of 32, head sizes of 16. Elements are bfloat16, float16,
+float32 or, where the processor has AVX-512, float8_e4m3fn.
 """
 
 import torch

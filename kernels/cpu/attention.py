@@ -24,6 +24,7 @@ from vllm_avl.kernels.cpu.pairs import (
     LINE,
     PAIRS,
     add_value_pairs,
+    is_paired,
     pack_weights,
     weigh_pairs,
 )
@@ -51,6 +52,7 @@ from vllm_avl.kernels.cpu.vectors import (
     ELEMENTS,
     keep_marked,
     load,
+    multiply,
     multiply_add,
     splat,
     store,
@@ -234,6 +236,7 @@ def _put_together(call: Any, row: int, head: int, item: int, parts: int) -> None
                 values = load(outputs + 4 * (part * group + member) * size + at)
                 factor = read(norms, types.float32, 2 * group * part)
                 total = multiply_add(values, splat(factor), total)
+            total = multiply(total, splat(call.value_scale))
             store_as(to + at // 4 * itemsize, total, call.code)
         to += call.output_head_step
         if read(call.paid, types.int64, row):
@@ -319,7 +322,7 @@ LOOP = Loop(
         *("output", "output_row_step", "output_head_step", "code", "paired"),
         "packed",
     ],
-    ["scale", "soft_cap"],
+    ["scale", "soft_cap", "value_scale"],
 )
 
 
@@ -407,6 +410,8 @@ def selected_attention(
     output: torch.Tensor,
     scale: float,
     soft_cap: float = 0.0,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
     *,
     packed: bool = False,
 ) -> dict[int, torch.Tensor]:
@@ -423,6 +428,8 @@ def selected_attention(
         output: as query; written where rows has tokens.
         scale: softmax scale.
         soft_cap: tanh cap on the logits, 0 for none.
+        k_scale: what cached keys are multiplied by.
+        v_scale: what cached values are multiplied by.
         packed: whether rows lie packed; query and cache are bfloat16 then.
 
     Returns:
@@ -439,7 +446,7 @@ def selected_attention(
     assert query.stride(2) == output.stride(2) == 1
     assert masks.dtype == np.int64
     masks = np.ascontiguousarray(masks)
-    paired = PAIRS and query.dtype == kv_cache.dtype == torch.bfloat16
+    paired = is_paired(query.dtype, kv_cache.dtype)
     assert paired or not packed
     paid, probabilities = rows.paid(num_heads)
     itemsize = query.element_size()
@@ -464,7 +471,8 @@ def selected_attention(
         CODES[query.dtype],
         paired,
         packed,
-        scale,
+        scale * k_scale,
         soft_cap,
+        v_scale,
     )
     return probabilities

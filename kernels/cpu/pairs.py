@@ -1,5 +1,7 @@
 """Products of bfloat16 in pairs, for processors with an instruction for them.
 
+What is cached as fp8 is bfloat16 in a register, and as exact.
+
 The instruction multiplies two pairs and adds both products to an fp32 sum: half as many
 as widened elements need. Keys and values of two lines are interleaved into pairs; a
 query row has its own in memory already. Products are exact, sums are fp32, and weights
@@ -13,6 +15,7 @@ from typing import Any
 
 import llvmlite.binding as llvm
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -32,8 +35,10 @@ from vllm_avl.kernels.cpu.tiles import (
 from vllm_avl.kernels.cpu.vectors import (
     COMPRESSED,
     FLOATS,
+    FP8,
     LANES,
     WINDOW,
+    bfloats_from,
     broadcast,
     compress,
     constant,
@@ -51,6 +56,7 @@ PAIRS = (
     and bool(llvm.get_host_cpu_features().get("avx512bf16"))
 )
 """Whether the processor has what this needs."""
+_PAIRED = types.uint16, types.uint8
 LINE = 2 * (PART + WINDOW)
 """Bytes between two rows of packed weights."""
 
@@ -103,13 +109,17 @@ def store_products(builder: Any, sums: Any, scale: Any, logits: Any) -> None:
             narrow_to(builder, at, product, types.float32)
 
 
-def _interleaved(builder: Any, one: Any, other: Any, vectors: int) -> list[Any]:
+def is_paired(query: torch.dtype, cached: torch.dtype) -> bool:
+    """Whether products of two dtypes are made in pairs."""
+    return PAIRS and query == torch.bfloat16 and cached in (torch.bfloat16, FP8)
+
+
+def _interleaved(
+    builder: Any, one: Any, other: Any, element: Any, vectors: int
+) -> list[Any]:
     """Pairs of the elements at two addresses."""
     width = LANES * vectors
-    kind = ir.VectorType(_SHORT, width)
-    lines = [
-        builder.load(pointer_at(builder, line, kind), align=2) for line in (one, other)
-    ]
+    lines = [bfloats_from(builder, line, element, width) for line in (one, other)]
     pairs = []
     for first in range(0, width, LANES):
         order = [(n, width + n) for n in range(first, first + LANES)]
@@ -139,7 +149,7 @@ def _dot_pairs(
         _, keys, key_step, size, query, row_step, num_rows, scale, logits, ahead = (
             values
         )
-        if not PAIRS or element != types.uint16:
+        if not PAIRS or element not in _PAIRED:
             return context.get_dummy_value()
         two = _LONG(2)
 
@@ -155,7 +165,7 @@ def _dot_pairs(
                 later = builder.add(ahead, step)
                 prefetch_tile(builder, later, element)
                 prefetch_tile(builder, builder.add(later, key_step), element)
-                pairs = _interleaved(builder, one, other, TILE // LANES)
+                pairs = _interleaved(builder, one, other, element, TILE // LANES)
                 at = builder.add(query, builder.mul(loop.index, _LONG(4)))
                 for row, places in enumerate(sums):
                     of_row = builder.add(at, builder.mul(row_step, _LONG(row)))
@@ -186,9 +196,9 @@ def _add_value_pairs(
 
     def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
         _, picked, num_pairs, column, width, weights, num_rows, outputs, step = values
-        if not PAIRS or element != types.uint16:
+        if not PAIRS or element not in _PAIRED:
             return context.get_dummy_value()
-        at_column = builder.mul(column, _LONG(2))
+        at_column = builder.mul(column, _LONG(element.bitwidth // 8))
         outputs = builder.add(outputs, builder.mul(column, _LONG(4)))
 
         def value(index: Any) -> Any:
@@ -204,7 +214,8 @@ def _add_value_pairs(
                 for index in (first, second):
                     later = builder.add(index, _LONG(AHEAD))
                     prefetch_tile(builder, value(later), element)
-                pairs = _interleaved(builder, value(first), value(second), vectors)
+                lines = value(first), value(second)
+                pairs = _interleaved(builder, *lines, element, vectors)
                 at = builder.add(weights, builder.mul(loop.index, _LONG(4)))
                 for row, of_row in enumerate(sums):
                     factor = pair_at(builder, offset(builder, at, row * LINE))

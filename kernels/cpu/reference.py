@@ -18,13 +18,17 @@ def attention_scores(
     scale: float,
     soft_cap: float = 0.0,
     output: torch.Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """As `cpu.attention_scores`."""
     num_rows, num_heads, head_size = query.shape
     group = num_heads // kv_cache.shape[1]
     keys, values = (
-        _rows(half, blocks, num_tokens).to(query.dtype)
-        for half in split(kv_cache, head_size)
+        _rows(half, blocks, num_tokens).to(query.dtype) * factor
+        for half, factor in zip(
+            split(kv_cache, head_size), (k_scale, v_scale), strict=True
+        )
     )
     scores = torch.zeros(num_heads, num_tokens, dtype=query.dtype)
     for row in range(num_rows):
@@ -46,6 +50,8 @@ def selected_attention(
     output: torch.Tensor,
     scale: float,
     soft_cap: float = 0.0,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> dict[int, torch.Tensor]:
     """As `cpu.selected_attention`."""
     _, num_heads, head_size = query.shape
@@ -56,8 +62,10 @@ def selected_attention(
     ):
         blocks = rows.block_table[row]
         keys, values = (
-            _rows(half, blocks, num_tokens).to(query.dtype)
-            for half in split(kv_cache, head_size)
+            _rows(half, blocks, num_tokens).to(query.dtype) * factor
+            for half, factor in zip(
+                split(kv_cache, head_size), (k_scale, v_scale), strict=True
+            )
         )
         probabilities = torch.zeros(num_heads, num_tokens, dtype=query.dtype)
         for head in range(num_heads):

@@ -34,8 +34,8 @@ from vllm_avl.kernels.cpu.packed import (
 )
 from vllm_avl.kernels.cpu.pairs import (
     LINE,
-    PAIRS,
     add_value_pairs,
+    is_paired,
     pack_weights,
     weigh_pairs,
 )
@@ -67,6 +67,7 @@ from vllm_avl.kernels.cpu.vectors import (
     ELEMENTS,
     LANES,
     load,
+    multiply,
     multiply_add,
     splat,
     store,
@@ -244,6 +245,7 @@ def _put_together(call: Any, head: int, row: int, parts: int, weights: int) -> N
             factor = read(norms + part * call.part_step, types.float32, 0)
             values = load(outputs + part * call.part_step + at)
             total = multiply_add(values, splat(factor), total)
+        total = multiply(total, splat(call.value_scale))
         store_as(to + at // 4 * itemsize, total, call.code)
 
 
@@ -333,7 +335,7 @@ LOOP = Loop(
         *("output", "output_row_step", "output_head_step", "paired", "packed"),
         *("lines", "config"),
     ],
-    ["scale", "soft_cap"],
+    ["scale", "soft_cap", "value_scale"],
 )
 
 
@@ -345,6 +347,8 @@ def attention_scores(
     scale: float,
     soft_cap: float = 0.0,
     output: torch.Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
     *,
     packed: bool = False,
 ) -> torch.Tensor:
@@ -363,6 +367,8 @@ def attention_scores(
         scale: softmax scale.
         soft_cap: tanh cap on the logits, 0 for none.
         output: as query, where to write what the rows attend to; None for nowhere.
+        k_scale: what cached keys are multiplied by.
+        v_scale: what cached values are multiplied by.
         packed: whether rows lie packed; query and cache are bfloat16 then.
 
     Returns:
@@ -384,7 +390,7 @@ def attention_scores(
         written = output.data_ptr(), *steps
     parts = -(-num_tokens // PART)
     scores = torch.empty(num_heads, num_tokens, dtype=torch.float32)
-    paired = PAIRS and query.dtype == kv_cache.dtype == torch.bfloat16
+    paired = is_paired(query.dtype, kv_cache.dtype)
     assert paired or not packed
     config, lines = 0, num_rows
     if AMX and packed:
@@ -427,7 +433,8 @@ def attention_scores(
         packed,
         lines,
         config,
-        scale,
+        scale * k_scale,
         soft_cap,
+        v_scale,
     )
     return scores

@@ -27,6 +27,7 @@ from vllm_avl.kernels.cpu.vectors import (
     prefetch_at,
     splat,
     store,
+    vectors_from,
     widened_from,
 )
 
@@ -113,14 +114,6 @@ def _factor(builder: Any, address: Any) -> Any:
     return broadcast(builder, builder.load(pointer_at(builder, address, _REAL)))
 
 
-def _vectors_at(builder: Any, address: Any, element: Any, count: int) -> list[Any]:
-    size = LANES * element.bitwidth // 8
-    return [
-        widened_from(builder, offset(builder, address, index * size), element)
-        for index in range(count)
-    ]
-
-
 def prefetch_tile(builder: Any, address: Any, element: Any) -> None:
     """Fetch `TILE` elements."""
     for first in range(0, TILE * element.bitwidth // 8, LINE):
@@ -180,7 +173,7 @@ def dot_tile(
             step = builder.mul(index, key_step)
             prefetch_tile(builder, builder.add(ahead, step), element)
             at = builder.add(keys, step)
-            read = _vectors_at(builder, at, element, vectors)
+            read = vectors_from(builder, at, element, vectors)
             at = builder.add(queries, builder.mul(index, query_step))
             factors = [
                 _factor(builder, offset(builder, at, 4 * row)) for row in range(rows)
@@ -238,7 +231,7 @@ def add_tile(
                 later = entry(builder.add(loop.index, _LONG(AHEAD)), 0)
                 prefetch_tile(builder, builder.add(later, at_column), element)
                 at = builder.add(entry(loop.index, 0), at_column)
-                read = _vectors_at(builder, at, element, vectors)
+                read = vectors_from(builder, at, element, vectors)
                 at = builder.add(weights, entry(loop.index, 1))
                 factors = [
                     _factor(builder, offset(builder, at, 4 * row * PART))

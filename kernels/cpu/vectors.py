@@ -21,14 +21,20 @@ from numba.extending import intrinsic, register_model
 
 LANES = 16 if llvm.get_host_cpu_features().get("avx512f") else 8
 """Elements of a vector: two make a line of bfloat16 where registers have 512 bits."""
-ELEMENTS = {
+FP8 = torch.float8_e4m3fn
+"""What caches of 8 bits hold; with a scale, which is not the loops' concern."""
+_QUERIES = {
     torch.float32: types.float32,
     torch.bfloat16: types.uint16,
     torch.float16: types.int16,
 }
-"""What compiled loops call an element of each dtype."""
-CODES = {dtype: code for code, dtype in enumerate(ELEMENTS)}
-"""Numbers of dtypes, where only a run of a loop knows which it is."""
+ELEMENTS = dict(_QUERIES)
+"""What compiled loops call an element of each dtype that a cache may have."""
+if llvm.get_host_cpu_features().get("avx512bw"):
+    # As vLLM's kernel: nothing else looks 128 values up at once.
+    ELEMENTS[FP8] = types.uint8
+CODES = {dtype: code for code, dtype in enumerate(_QUERIES)}
+"""Numbers of dtypes of queries: only a run of a loop knows which it is."""
 
 _FLOAT, _WORD, _LONG = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _BYTE, _SHORT = ir.IntType(8), ir.IntType(16)
@@ -93,15 +99,90 @@ def broadcast(builder: Any, number: Any) -> Any:
 
 def widened_from(builder: Any, address: Any, element: Any) -> Any:
     """`LANES` cache elements at an address, exactly as fp32."""
+    return vectors_from(builder, address, element, 1)[0]
+
+
+def vectors_from(builder: Any, address: Any, element: Any, count: int) -> list[Any]:
+    """`count` vectors of cache elements from an address on, exactly as fp32."""
+    if element == types.uint8:
+        # Looked up at once: a table is as long for one vector as for two.
+        shorts = bfloats_from(builder, address, element, count * LANES)
+        return [_widened(builder, part) for part in _split(builder, shorts, count)]
+    size = LANES * element.bitwidth // 8
+    return [
+        _vector_from(builder, offset(builder, address, index * size), element)
+        for index in range(count)
+    ]
+
+
+def _vector_from(builder: Any, address: Any, element: Any) -> Any:
     if element == types.float32:
         return builder.load(pointer_at(builder, address, FLOATS), align=4)
     if element == types.int16:
         halves = builder.load(pointer_at(builder, address, _HALVES), align=2)
         return builder.fpext(halves, FLOATS)
-    shorts = builder.load(pointer_at(builder, address, _SHORTS), align=2)
-    return builder.bitcast(
-        builder.shl(builder.zext(shorts, _WORDS), _words(16)), FLOATS
+    return _widened(builder, bfloats_from(builder, address, element, LANES))
+
+
+def _widened(builder: Any, shorts: Any) -> Any:
+    words = builder.shl(builder.zext(shorts, _WORDS), _words(16))
+    return builder.bitcast(words, FLOATS)
+
+
+def _split(builder: Any, vector: Any, count: int) -> list[Any]:
+    """`count` equal parts of a vector."""
+    size = vector.type.count // count
+    masks = [
+        ir.Constant(ir.VectorType(_WORD, size), list(range(first, first + size)))
+        for first in range(0, vector.type.count, size)
+    ]
+    return [builder.shuffle_vector(vector, vector, mask) for mask in masks]
+
+
+def bfloats_from(builder: Any, address: Any, element: Any, count: int) -> Any:
+    """`count` elements of bfloat16 or `FP8` at an address, as bits of bfloat16."""
+    shorts = ir.VectorType(_SHORT, count)
+    if element == types.uint16:
+        return builder.load(pointer_at(builder, address, shorts), align=2)
+    kind = ir.VectorType(_BYTE, count)
+    bytes_ = builder.load(pointer_at(builder, address, kind), align=1)
+    return _looked_up(builder, builder.zext(bytes_, shorts))
+
+
+_TABLE = torch.arange(128, dtype=torch.uint8).view(FP8).to(torch.bfloat16)
+_LOOKED_UP = 32
+"""Numbers that one instruction looks up."""
+
+
+def _looked_up(builder: Any, codes: Any) -> Any:
+    """Bits of bfloat16 of up to `_LOOKED_UP` codes of `FP8`, as large."""
+    count, kind = codes.type.count, ir.VectorType(_SHORT, _LOOKED_UP)
+    order = [min(index, count - 1) for index in range(_LOOKED_UP)]
+    order = ir.Constant(ir.VectorType(_WORD, _LOOKED_UP), order)
+    codes = builder.shuffle_vector(codes, codes, order)
+    numbers = _TABLE.view(torch.int16).tolist()
+    tables = [
+        ir.Constant(kind, numbers[first : first + _LOOKED_UP])
+        for first in range(0, len(numbers), _LOOKED_UP)
+    ]
+    # Of a code the instruction sees 6 bits.
+    function = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(kind, [kind] * 3),
+        "llvm.x86.avx512.vpermi2var.hi.512",
     )
+    small, large = (
+        builder.call(function, [tables[first], codes, tables[first + 1]])
+        for first in (0, 2)
+    )
+
+    def every(value: int) -> ir.Constant:
+        return ir.Constant(kind, [value] * _LOOKED_UP)
+
+    is_small = builder.icmp_unsigned("==", builder.and_(codes, every(64)), every(0))
+    sign = builder.shl(builder.and_(codes, every(128)), every(8))
+    found = builder.or_(builder.select(is_small, small, large), sign)
+    return _split(builder, found, _LOOKED_UP // count)[0]
 
 
 def narrow_to(builder: Any, address: Any, vector: Any, element: Any) -> None:
@@ -294,7 +375,7 @@ def _each_code(builder: Any, code: Any, build: Callable[[Any], Any]) -> list[Any
     after = builder.append_basic_block("after")
     switch = builder.switch(code, after)
     made = []
-    for number, element in enumerate(ELEMENTS.values()):
+    for number, element in enumerate(_QUERIES.values()):
         block = builder.append_basic_block("element")
         switch.add_case(_LONG(number), block)
         with builder.goto_block(block):
@@ -355,7 +436,7 @@ PIECE = 16
 WINDOW = 32
 """Slots that `compress` looks at: every block has a whole number of them."""
 COMPRESSED = (
-    {types.uint16: 32, types.uint32: 16}
+    {types.uint8: 32, types.uint16: 32, types.uint32: 16}
     if llvm.get_host_cpu_features().get("avx512vbmi2")
     else {}
 )

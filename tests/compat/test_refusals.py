@@ -2,8 +2,10 @@
 
 import re
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
+from vllm.config.cache import CacheDType
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
@@ -45,6 +47,7 @@ def start(checkpoints, **options):
             "drop --speculative-config",
         ),
         ({"kv_offloading_size": 1}, "drop --kv-transfer-config and KV offloading"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "does not support a KV cache of fp8_e5m2"),
         ({"scheduler_cls": "my.Scheduler"}, "drop --scheduler-cls"),
         ({"worker_cls": "my.Worker"}, "drop --worker-cls"),
         (
@@ -100,6 +103,7 @@ def settings(**changes):
             "cache_dtype": "auto",
             "kv_sharing_fast_prefill": False,
             "kv_offloading_size": None,
+            "kv_cache_dtype_skip_layers": [],
         },
         "scheduler_config": {
             "max_num_seqs": 8,
@@ -145,7 +149,13 @@ def test_the_supported_configuration_starts():
         ({"parallel_config__use_ubatching": True}, "--enable-dbo"),
         ({"kv_transfer_config": 1}, "--kv-transfer-config"),
         ({"cache_config__kv_offloading_size": 1}, "KV offloading"),
-        ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype"),
+        (
+            {
+                "cache_config__cache_dtype": "fp8",
+                "cache_config__kv_cache_dtype_skip_layers": ["0"],
+            },
+            "--kv-cache-dtype-skip-layers",
+        ),
         ({"cache_config__kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
         (
             {"scheduler_config__max_num_scheduled_tokens": 16},
@@ -203,13 +213,49 @@ def test_layers(feature, named):
 
 
 @pytest.mark.parametrize(
-    ("attn_type", "use_mla", "named"),
-    [("encoder_decoder", False, "cross attention"), ("decoder", True, "MLA")],
+    ("change", "named"),
+    [
+        ({"attn_type": "encoder_decoder"}, "cross attention"),
+        ({"use_mla": True}, "MLA"),
+        ({"use_per_head_quant_scales": True}, "a scale for each head; choose a"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else next(iter(value)),
 )
-def test_attention_types(attn_type, use_mla, named):
-    selector = SimpleNamespace(attn_type=attn_type, use_mla=use_mla, use_sparse=False)
+def test_attention_types(change, named):
+    plain = {
+        "attn_type": "decoder",
+        "use_mla": False,
+        "use_sparse": False,
+        "use_per_head_quant_scales": False,
+    }
+    selector = SimpleNamespace(**plain | change)
     with pytest.raises(UnsupportedError, match=named):
         current_platform.get_attn_backend_cls(AttentionBackendEnum["AVL"], selector)
+
+
+OUR_CACHES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
+
+
+@pytest.mark.parametrize("dtype", get_args(CacheDType))
+def test_every_cache_of_vllm_is_supported_or_refused(dtype):
+    config = settings(cache_config__cache_dtype=dtype)
+    if dtype in OUR_CACHES:
+        support.check_config(config, AVLConfig())
+        return
+    with pytest.raises(UnsupportedError) as caught:
+        support.check_config(config, AVLConfig())
+    message = str(caught.value)
+    assert f"does not support a KV cache of {dtype}; choose one of auto, " in message
+    assert "with --kv-cache-dtype, or start without" in message
+
+
+def test_models_whose_answers_suffer_from_fp8(caplog):
+    for model_type, dtype in (("qwen2_5_vl", "auto"), ("qwen3_vl", "fp8")):
+        support.warn_of_quality(model_type, dtype)
+    assert not caplog.records
+    support.warn_of_quality("qwen2_5_vl", "fp8")
+    (record,) = caplog.records
+    assert "vllm/issues/41343" in record.message
 
 
 def spec(kind, **fields):

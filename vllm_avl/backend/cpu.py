@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -21,6 +22,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_avl.backend.cpu_cache import PACKED, READABLE, CPUCache
 from vllm_avl.backend.cpu_prompts import leave_scoring_rows
+from vllm_avl.backend.fp8 import as_numbers
 from vllm_avl.backend.layer import Layer
 from vllm_avl.backend.ranks import RANKS
 from vllm_avl.backend.request import Task
@@ -29,7 +31,7 @@ from vllm_avl.backend.step import StepRows, current_step
 from vllm_avl.backend.view import make_tasks, stored_table_on_cpu
 from vllm_avl.cache.spec import AVLSpec, adapt
 from vllm_avl.kernels.cpu.attention import DecodeRows
-from vllm_avl.support import check_layer, check_layer_names, check_spec
+from vllm_avl.support import FP8_CACHES, check_layer, check_layer_names, check_spec
 
 
 @dataclass
@@ -68,7 +70,8 @@ class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
         check_spec(kv_cache_spec, AVLSpec)
         check_layer_names(layer_names)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        if self.isa not in READABLE:
+        is_fp8 = is_quantized_kv_cache(self.kv_cache_dtype)
+        if self.isa not in READABLE or (is_fp8 and self.isa == PACKED):
             self.isa: str = "vec"
             self._set_isa_to_layers(layer_names)
 
@@ -181,11 +184,16 @@ class AVLImpl(CPUAttentionBackendImpl):
             )
         if ours is not None:
             index = extract_layer_index(layer.layer_name)  # type: ignore[attr-defined]
-            is_packed = layer.isa == PACKED  # type: ignore[attr-defined]
-            numbers = self.head_size, self.scale, self.logits_soft_cap
-            cache = CPUCache(kv_cache, *numbers, is_packed)
-            self._work(index, ours, cache, query, output)
+            self._work(index, ours, self._cache(layer, kv_cache), query, output)
         return output
+
+    def _cache(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> CPUCache:
+        of_layer = self.head_size, self.scale, self.logits_soft_cap
+        if not self.is_fp8_kv_cache:
+            packed = layer.isa == PACKED  # type: ignore[attr-defined]
+            return CPUCache(kv_cache, *of_layer, packed=packed)
+        scales = layer._k_scale_float, layer._v_scale_float
+        return CPUCache(as_numbers(kv_cache), *of_layer, *scales)
 
     def _work(
         self,
@@ -206,7 +214,7 @@ class AVLImpl(CPUAttentionBackendImpl):
 class AVLBackend(CPUAttentionBackend):
     """CPU_ATTN that stores and reads what matters."""
 
-    supported_kv_cache_dtypes: ClassVar[list] = ["auto"]
+    supported_kv_cache_dtypes: ClassVar[list] = ["auto", *FP8_CACHES]
 
     @staticmethod
     def get_name() -> str:

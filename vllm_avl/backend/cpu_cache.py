@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy.typing as npt
 import torch
@@ -32,6 +33,9 @@ class CPUCache:
     head_size: int
     scale: float
     soft_cap: float
+    k_scale: float = 1.0
+    """What cached keys are multiplied by."""
+    v_scale: float = 1.0
     packed: bool = False
     seen_by: dict[int, torch.Tensor] = field(default_factory=dict)
     """By index of a row's token in the step, [num_heads, num_slots] attention."""
@@ -46,6 +50,15 @@ class CPUCache:
         """[num_blocks, num_kv_heads, 2, block_size · head_size]: keys, values."""
         return self.kv_cache.view(*self.kv_cache.shape[:2], 2, -1)
 
+    @property
+    def _numbers(self) -> tuple[float, float]:
+        return self.scale, self.soft_cap
+
+    @property
+    def _form(self) -> dict[str, Any]:
+        scales = {"k_scale": self.k_scale, "v_scale": self.v_scale}
+        return {**scales, "packed": self.packed}
+
     def attend(
         self,
         query: torch.Tensor,
@@ -54,10 +67,8 @@ class CPUCache:
         output: torch.Tensor,
     ) -> None:
         """As `kernels.cpu.selected_attention`; what scored rows have seen is kept."""
-        numbers = self.scale, self.soft_cap
-        seen = selected_attention(
-            query, self.halves, rows, masks, output, *numbers, packed=self.packed
-        )
+        read = self.halves, rows, masks
+        seen = selected_attention(query, *read, output, *self._numbers, **self._form)
         self.seen_by.update({int(rows.tokens[row]): paid for row, paid in seen.items()})
 
     def scores(
@@ -68,10 +79,8 @@ class CPUCache:
         output: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `kernels.cpu.attention_scores`."""
-        numbers = num_tokens, self.scale, self.soft_cap
-        return attention_scores(
-            query, self.halves, blocks, *numbers, output, packed=self.packed
-        )
+        read = self.halves, blocks, num_tokens
+        return attention_scores(query, *read, *self._numbers, output, **self._form)
 
     def seen(self, task: Task, num_slots: int) -> torch.Tensor:
         """[num_heads, num_slots] attention of a row that our kernel has attended."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_avl.backend.fp8 import number_dtype
 from vllm_avl.backend.request import Kernels
 from vllm_avl.cache.spec import AVLSpec
 from vllm_avl.compat.worker import AVLWorker
@@ -16,5 +17,5 @@ class AVLCPUWorker(AVLWorker, CPUWorker):
 
     def _kernels(self, spec: AVLSpec, _config: AVLConfig) -> Kernels:
         """Compile those of the CPU, so that the first request need not wait."""
-        cpu.start(spec.dtype)
+        cpu.start(number_dtype(spec.dtype))
         return Kernels(attend_scored=True)

@@ -20,6 +20,7 @@ from vllm_avl.support import (
     check_unclaimed,
     refuse_flash,
     refuse_platform,
+    warn_of_quality,
 )
 
 NAME = "AVL"
@@ -80,7 +81,9 @@ def choose_backend(original: Callable[..., str]) -> classmethod:
     ) -> str:
         if selected_backend is None or selected_backend.name != NAME:
             return original(selected_backend, attn_selector_config, num_heads)
-        check_attention(attn_selector_config.attn_type, attn_selector_config.use_mla)
+        asked = attn_selector_config
+        by_head = asked.use_per_head_quant_scales
+        check_attention(asked.attn_type, asked.use_mla, by_head)
         windowed = attn_selector_config.has_sliding_window
         if attn_selector_config.attn_type == "decoder" and not windowed:
             return CPU.backend
@@ -159,6 +162,9 @@ def update_config(original: Callable[..., None]) -> classmethod:
             cache.user_specified_block_size = True
         original(vllm_config)
         check_config(vllm_config, avl_config)
+        warn_of_quality(
+            vllm_config.model_config.hf_config.model_type, cache.cache_dtype
+        )
         parallel.worker_cls = ours.worker
         scheduler.scheduler_cls = (
             ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER

@@ -16,8 +16,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm_avl.testing import models
 
 POISON = 1e4
-POISON_BYTE = 0x47
-"""A large number in any float."""
+POISON_BYTE = 0x7E
+"""A large number in any float: 448, the largest, in e4m3."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,23 @@
 """What the tests of CPU loops share: poisoned caches, and how far off a loop may be."""
 
+import sys
+
 import torch
 from vllm_avl.kernels.cpu import reference
-from vllm_avl.kernels.cpu.vectors import ELEMENTS
+from vllm_avl.kernels.cpu.vectors import ELEMENTS, FP8
 
 DTYPES = list(ELEMENTS)
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def query_dtype(dtype):
+    """The dtype of queries beside a cache."""
+    return torch.bfloat16 if dtype == FP8 else dtype
+
+
+def scales(dtype):
+    """Scales of keys and values: powers of two, so that eager code is as exact."""
+    return {"k_scale": 0.5, "v_scale": 4.0} if dtype == FP8 else {}
 
 
 def shuffled_blocks(lengths, block_size):
@@ -38,6 +50,12 @@ def within_twice_eager(ours, eager, exact):
     """Whether our error is at most twice eager's, and a few ulp of fp32."""
     budget = 2 * (eager.double() - exact).abs().max() + 4e-7 * exact.abs().max()
     return (ours.double() - exact).abs().max() <= budget
+
+
+def without_pairs(monkeypatch, operation):
+    """Let an operation widen elements, as on processors without pairs of them."""
+    module = sys.modules[operation.__module__]
+    monkeypatch.setattr(module, "is_paired", lambda query, cached: False)
 
 
 def bits(tensor):

@@ -3,13 +3,22 @@
 Whatever no row reads holds NaN.
 """
 
-import sys
-
 import numpy as np
 import pytest
 import torch
-from caches import DTYPES, bits, poisoned, shuffled_blocks, within_twice_eager, write
+from caches import (
+    DTYPES,
+    bits,
+    poisoned,
+    query_dtype,
+    scales,
+    shuffled_blocks,
+    within_twice_eager,
+    without_pairs,
+    write,
+)
 from vllm_avl.kernels.cpu import DecodeRows, reference, selected_attention
+from vllm_avl.kernels.cpu.vectors import ELEMENTS, FP8
 
 # tokens, slots under a mask, what the mask keeps
 BATCHES = {
@@ -80,14 +89,14 @@ class Batch:
             np.arange(num_rows) % 2 == 0,
         )
         size = num_kv_heads * group, num_rows + 2, head_size
-        self.query = torch.randn(size).to(dtype).transpose(0, 1)
+        self.query = torch.randn(size).to(query_dtype(dtype)).transpose(0, 1)
         self.scale = head_size**-0.5
+        self.scales = scales(dtype)
 
     def attend(self, attention, query, soft_cap=0.0):
         output = torch.full_like(query, 7.0)
-        paid = attention(
-            query, self.cache, self.rows, self.masks, output, self.scale, soft_cap
-        )
+        reads = self.cache, self.rows, self.masks
+        paid = attention(query, *reads, output, self.scale, soft_cap, **self.scales)
         return output, paid
 
 
@@ -117,11 +126,12 @@ def test_error_is_at_most_twice_eager(heads, batch, dtype, monkeypatch):
     check(Batch(BATCHES[batch], HEADS[heads], dtype))
 
 
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d.itemsize < 4], ids=str)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("heads", HEADS)
-def test_processors_without_products_of_pairs(heads, batch, monkeypatch):
-    monkeypatch.setattr(sys.modules[selected_attention.__module__], "PAIRS", False)
-    check(Batch(BATCHES[batch], HEADS[heads], torch.bfloat16))
+def test_processors_without_products_of_pairs(heads, batch, dtype, monkeypatch):
+    without_pairs(monkeypatch, selected_attention)
+    check(Batch(BATCHES[batch], HEADS[heads], dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -139,8 +149,26 @@ def test_outputs_are_exact_eight_bits_wide(dtype):
     output, paid = batch.attend(selected_attention, batch.query)
     _, values = reference.split(batch.cache, 64)
     token, block = batch.rows.tokens[0], batch.rows.block_table[0, 0]
-    assert torch.equal(bits(output[token]), bits(values[block, :, 0].contiguous()))
+    value = values[block, :, 0].to(output.dtype) * batch.scales.get("v_scale", 1)
+    assert torch.equal(bits(output[token]), bits(value))
     assert (paid[0] == 1).all()
+
+
+@pytest.mark.skipif(FP8 not in ELEMENTS, reason="needs AVX-512")
+@pytest.mark.parametrize("pairs", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_fp8_number_is_read_as_what_it_is(dtype, pairs, monkeypatch):
+    if not pairs:
+        without_pairs(monkeypatch, selected_attention)
+    batch = Batch(BATCHES["one-token"], HEADS["head-256"], FP8)
+    batch.query, batch.scales = batch.query.to(dtype), {}
+    numbers = torch.arange(256, dtype=torch.uint8).view(FP8)
+    _, values = reference.split(batch.cache, 256)
+    values[batch.rows.block_table[0, 0], :, 0] = numbers
+    output, _ = batch.attend(selected_attention, batch.query)
+    read = output[batch.rows.tokens[0]].float()
+    assert torch.equal(read.isnan(), numbers.float().isnan().expand_as(read))
+    assert torch.equal(read.nan_to_num(), numbers.float().nan_to_num().expand_as(read))
 
 
 def test_a_row_does_not_depend_on_its_neighbours_nor_on_threads(monkeypatch):

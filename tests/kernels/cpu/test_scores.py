@@ -1,11 +1,19 @@
 """Scores of cached tokens, against the oracle."""
 
-import sys
-
 import pytest
 import torch
-from caches import DTYPES, poisoned, shuffled_blocks, within_twice_eager, write
+from caches import (
+    DTYPES,
+    poisoned,
+    query_dtype,
+    scales,
+    shuffled_blocks,
+    within_twice_eager,
+    without_pairs,
+    write,
+)
 from vllm_avl.kernels.cpu import attention_scores, reference
+from vllm_avl.kernels.cpu.vectors import ELEMENTS, FP8
 
 SHAPES = {
     # tokens, rows, heads, KV heads, head size, block size
@@ -19,6 +27,8 @@ SHAPES = {
     "head-256": (257, 9, 2, 2, 256, 128),
 }
 
+PAIRED = [dtype for dtype in (torch.bfloat16, FP8) if dtype in ELEMENTS]
+
 
 def make(shape, dtype):
     torch.manual_seed(0)
@@ -26,7 +36,8 @@ def make(shape, dtype):
     table, num_blocks = shuffled_blocks([num_tokens], block_size)
     cache = poisoned(num_blocks, num_kv_heads, block_size, head_size, dtype)
     write(cache, table[0], torch.arange(num_tokens), head_size)
-    query = torch.randn(num_heads, num_rows, head_size).to(dtype).transpose(0, 1)
+    query = torch.randn(num_heads, num_rows, head_size).to(query_dtype(dtype))
+    query = query.transpose(0, 1)
     return query, cache, table[0], num_tokens, head_size**-0.5
 
 
@@ -36,9 +47,10 @@ def make(shape, dtype):
 def test_error_is_at_most_twice_eager(shape, soft_cap, dtype, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     query, *rest = make(SHAPES[shape], dtype)
-    exact = reference.attention_scores(query.double(), *rest, soft_cap)
-    eager = reference.attention_scores(query, *rest, soft_cap)
-    ours = attention_scores(query, *rest, soft_cap)
+    by = scales(dtype)
+    exact = reference.attention_scores(query.double(), *rest, soft_cap, **by)
+    eager = reference.attention_scores(query, *rest, soft_cap, **by)
+    ours = attention_scores(query, *rest, soft_cap, **by)
     assert ours.dtype == torch.float32
     assert within_twice_eager(ours, eager, exact)
 
@@ -50,19 +62,21 @@ def test_the_rows_own_attention_is_written_beside(shape, soft_cap, dtype, monkey
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     query, *rest = make(SHAPES[shape], dtype)
     exact, eager = torch.empty(query.shape).double(), torch.empty_like(query)
-    reference.attention_scores(query.double(), *rest, soft_cap, exact)
-    reference.attention_scores(query, *rest, soft_cap, eager)
-    ours = torch.full((len(query) + 2, *query.shape[1:]), 7.0, dtype=dtype)
-    scores = attention_scores(query, *rest, soft_cap, ours[1:-1])
+    by = scales(dtype)
+    reference.attention_scores(query.double(), *rest, soft_cap, exact, **by)
+    reference.attention_scores(query, *rest, soft_cap, eager, **by)
+    ours = query.new_full((len(query) + 2, *query.shape[1:]), 7.0)
+    scores = attention_scores(query, *rest, soft_cap, ours[1:-1], **by)
     assert within_twice_eager(ours[1:-1], eager, exact)
     assert (ours[[0, -1]] == 7).all()
-    assert torch.equal(scores, attention_scores(query, *rest, soft_cap))
+    assert torch.equal(scores, attention_scores(query, *rest, soft_cap, **by))
 
 
+@pytest.mark.parametrize("dtype", PAIRED, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_processors_without_products_of_pairs(shape, monkeypatch):
-    monkeypatch.setattr(sys.modules[attention_scores.__module__], "PAIRS", False)
-    query, *rest = make(SHAPES[shape], torch.bfloat16)
+def test_processors_without_products_of_pairs(shape, dtype, monkeypatch):
+    without_pairs(monkeypatch, attention_scores)
+    query, *rest = make(SHAPES[shape], dtype)
     exact, eager = torch.empty(query.shape).double(), torch.empty_like(query)
     scores = reference.attention_scores(query.double(), *rest, output=exact)
     reference.attention_scores(query, *rest, output=eager)
@@ -85,9 +99,10 @@ def test_threads_change_nothing(shape, monkeypatch):
         assert torch.equal(beside, output)
 
 
+@pytest.mark.parametrize("cached", PAIRED, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
-def test_queries_may_have_another_dtype_than_the_cache(dtype):
-    query, *rest = make(SHAPES["group-8-wide-blocks"], torch.bfloat16)
+def test_queries_may_have_another_dtype_than_the_cache(dtype, cached):
+    query, *rest = make(SHAPES["group-8-wide-blocks"], cached)
     exact = reference.attention_scores(query.double(), *rest)
     ours = attention_scores(query.to(dtype), *rest)
     assert within_twice_eager(ours, exact, exact) or dtype == torch.float16
