@@ -22,7 +22,7 @@ serve: setup
 	@$(PYTHON_BIN) -m vllm_avl.testing.demo --serve
 
 test: setup
-	@$(PYTHON_BIN) -m pytest -n 2 --dist loadfile
+	@$(PYTHON_BIN) -m pytest -n 2 --dist loadfile --durations 40
 
 compat: setup
 	@python=$$($(PYTHON_BIN) deploy/cpu/compat.py $(VLLM)) && \
