@@ -16,7 +16,6 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from vllm_avl.kernels.cpu.packed import VECTOR
 from vllm_avl.kernels.cpu.pairs import LINE, PAIRS
 from vllm_avl.kernels.cpu.softmax import STEP
 from vllm_avl.kernels.cpu.threads import compiled, copy_element, read, write
@@ -42,7 +41,9 @@ def _usable() -> bool:
 AMX = _usable()
 """Whether the processor has what this needs."""
 MATRIX_ROWS = 16
-"""Rows of a register, of 64 bytes each."""
+"""Rows of a register."""
+VECTOR = 64
+"""Bytes of such a row."""
 MATRIX = MATRIX_ROWS * VECTOR
 """Bytes of a register."""
 

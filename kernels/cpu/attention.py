@@ -50,6 +50,7 @@ from vllm_avl.kernels.cpu.tiles import (
 from vllm_avl.kernels.cpu.vectors import (
     CODES,
     ELEMENTS,
+    LANES,
     keep_marked,
     load,
     multiply,
@@ -75,13 +76,15 @@ def _list_values(
 
 
 @compiled
-def _list_pairs(lists: int, count: int, values: int, tile: int, marks: int) -> int:
+def _list_pairs(
+    lists: int, count: int, values: int, step: int, tile: int, marks: int
+) -> int:
     """The same, of packed values."""
     for pair in range(TILE // 2):
         is_read = read(marks, types.uint8, 2 * pair)
         is_read += 2 * read(marks, types.uint8, 2 * pair + 1)
         number = tile * TILE + 2 * pair
-        count = list_pair(lists, count, values + pair * VECTOR, number, is_read)
+        count = list_pair(lists, count, values + pair * step, number, is_read)
     return count
 
 
@@ -123,8 +126,11 @@ def _list_part(call: Any, row: int, head: int, part: int, lists: int) -> tuple:
         before = num_picked
         if call.packed:
             keys += slot * call.head_size * itemsize
-            values += slot // 2 * VECTOR
-            num_picked = _list_pairs(lists, num_picked, values, num_tiles, of_tile)
+            step = VECTOR * itemsize
+            values += slot // 2 * step
+            num_picked = _list_pairs(
+                lists, num_picked, values, step, num_tiles, of_tile
+            )
         else:
             keys += slot * itemsize
             step = call.head_size * itemsize
@@ -265,7 +271,7 @@ def _add_values(
             lists,
             num_picked,
             size,
-            call.block_size,
+            call.block_size * LANES * call.itemsize,
             narrow,
             group,
             outputs,
@@ -430,7 +436,7 @@ def selected_attention(
         soft_cap: tanh cap on the logits, 0 for none.
         k_scale: what cached keys are multiplied by.
         v_scale: what cached values are multiplied by.
-        packed: whether rows lie packed; query and cache are bfloat16 then.
+        packed: whether rows lie packed; queries are bfloat16 then.
 
     Returns:
         [num_heads, num_tokens] attention that each scored row paid, fp32, by the row's

@@ -176,17 +176,18 @@ def _copy_values(call: Any, source: int, target: int, kept: int) -> None:
 def _copy_packed_keys(call: Any, source: int, target: int, kept: int) -> None:
     """Copy keys that lie packed, by way of `kept` as `_copy_values` does."""
     size, cache, step = call.head_size, call.cache, 2 * LANES
+    element = call.element
     for index in range(call.count):
         at = read(source, types.int64, index)
         if call.in_place:
-            copy_key(cache, at, step, kept, index * size, 2, size)
+            copy_key(cache, at, step, kept, index * size, 2, size, element)
         else:
             to = read(target, types.int64, index)
-            copy_key(cache, at, step, cache, to, step, size)
+            copy_key(cache, at, step, cache, to, step, size, element)
     if call.in_place:
         for index in range(call.count):
             to = read(target, types.int64, index)
-            copy_key(kept, index * size, 2, cache, to, step, size)
+            copy_key(kept, index * size, 2, cache, to, step, size, element)
 
 
 @compiled
@@ -195,7 +196,7 @@ def _copy_packed_values(call: Any, source: int, target: int, kept: int) -> None:
     size, cache, element = call.head_size, call.cache, call.element
     steps, together = (2, call.block_size * LANES), (1, LANES)
     first = 0
-    if not call.in_place and not call.target:
+    if call.itemsize == 2 and not call.in_place and not call.target:
         for first in range(0, call.count - 1, 2):
             one = read(source, types.int64, first)
             other = read(source, types.int64, first + 1)
@@ -280,7 +281,7 @@ def copy_rows(
         target: as source, distinct in a head; None for 0..num_rows-1.
         in_place: whether rows may be written that are read for others: all of a head
             are read first.
-        packed: whether rows lie packed; elements have two bytes then.
+        packed: whether rows lie packed; elements have one or two bytes then.
     """
     num_rankings, count = source.shape
     num_kv_heads = kv_cache.shape[1]

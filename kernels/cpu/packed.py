@@ -2,7 +2,7 @@
 
 A block's keys are `[block_size / 16, head_size / 2, 16, 2]`: pairs of elements, of 16
 slots beside each other. Its values are `[head_size / 16, block_size / 2, 16, 2]`: pairs
-of slots, of 16 elements beside each other. Elements are bfloat16.
+of slots, of 16 elements beside each other. Elements are bfloat16 or `vectors.FP8`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numba.extending import intrinsic
 from vllm_avl.kernels.cpu.pairs import (
     BFLOATS,
     LINE,
+    PAIRED,
     PAIRS,
     add_pairs,
     pair_at,
@@ -35,6 +36,7 @@ from vllm_avl.kernels.cpu.tiles import (
 )
 from vllm_avl.kernels.cpu.vectors import (
     LANES,
+    bfloats_from,
     constant,
     offset,
     pointer_at,
@@ -46,16 +48,15 @@ from vllm_avl.kernels.cpu.vectors import (
 ENTRY = 3
 """Numbers of a listed pair of values: its address, bytes from a row's first weight to
 the pair's, and the bits of its elements that are read."""
-VECTOR = 64
-"""Bytes of 16 pairs."""
+VECTOR = 32
+"""Elements of 16 pairs."""
 
 _WORD, _LONG = ir.IntType(32), ir.IntType(64)
 _WORDS = ir.VectorType(_WORD, 16)
 
 
-def _pairs_at(builder: Any, address: Any) -> Any:
-    kind = ir.VectorType(_WORD, LANES)
-    return builder.load(pointer_at(builder, address, kind), align=2)
+def _vector_bytes(element: Any) -> Any:
+    return _LONG(VECTOR * element.bitwidth // 8)
 
 
 @intrinsic
@@ -75,10 +76,10 @@ def _dot_packed(
 
     def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
         _, keys, size, query, row_step, num_rows, scale, logits, ahead = values
-        if not PAIRS or element != types.uint16:
+        if not PAIRS or element not in PAIRED:
             return context.get_dummy_value()
-        num_pairs = builder.udiv(size, _LONG(2))
-        to_next = builder.mul(num_pairs, _LONG(VECTOR))
+        num_pairs, num_bytes = builder.udiv(size, _LONG(2)), _vector_bytes(element)
+        to_next = builder.mul(num_pairs, num_bytes)
 
         def build(rows: int) -> None:
             sums = build_sums(builder, rows, TILE // LANES)
@@ -86,12 +87,13 @@ def _dot_packed(
                 for place in of_row:
                     builder.store(constant(0.0), place)
             with cgutils.for_range(builder, num_pairs) as loop:
-                step = builder.mul(loop.index, _LONG(VECTOR))
+                step = builder.mul(loop.index, num_bytes)
                 pairs = []
                 for slots in range(TILE // LANES):
                     at = builder.add(step, builder.mul(to_next, _LONG(slots)))
                     prefetch_at(builder, builder.add(ahead, at))
-                    found = _pairs_at(builder, builder.add(keys, at))
+                    at = builder.add(keys, at)
+                    found = bfloats_from(builder, at, element, VECTOR)
                     pairs.append(builder.bitcast(found, BFLOATS))
                 at = builder.add(query, builder.mul(loop.index, _LONG(4)))
                 for row, places in enumerate(sums):
@@ -129,7 +131,7 @@ def _add_packed(
         _, picked, num_pairs, column, group_step, weights, num_rows, outputs, step = (
             values
         )
-        if not PAIRS or element != types.uint16:
+        if not PAIRS or element not in PAIRED:
             return context.get_dummy_value()
         groups = builder.udiv(column, _LONG(LANES))
         at_column = builder.mul(groups, group_step)
@@ -157,10 +159,11 @@ def _add_packed(
                 zeros = ir.Constant(_WORDS, [0] * LANES)
                 bits = builder.shuffle_vector(one, one, zeros)
                 # Of a pair that is read by half, the other may be anything.
-                pairs = [
-                    builder.bitcast(builder.and_(_pairs_at(builder, at), bits), BFLOATS)
-                    for at in vectors_at(loop.index)
-                ]
+                pairs = []
+                for at in vectors_at(loop.index):
+                    found = bfloats_from(builder, at, element, VECTOR)
+                    found = builder.and_(builder.bitcast(found, _WORDS), bits)
+                    pairs.append(builder.bitcast(found, BFLOATS))
                 at = builder.add(weights, entry(loop.index, 1))
                 for row, places in enumerate(sums):
                     factor = pair_at(builder, offset(builder, at, row * LINE))
@@ -225,7 +228,7 @@ def add_packed_values(
     picked: int,
     count: int,
     size: int,
-    block_size: int,
+    group_step: int,
     weights: int,
     rows: int,
     sums: int,
@@ -234,11 +237,11 @@ def add_packed_values(
 
     Args:
         size: a multiple of `TILE`.
+        group_step: bytes from 16 elements of a half block to the next 16.
         weights: as `pairs.pack_weights` writes them, a slot's at its number.
     """
     for at in range(0, 4 * rows * size, 4 * LANES):
         store(sums + at, splat(np.float32(0)))
-    group_step = block_size * LANES * 2
     for first in range(0, count, TILE // 2):
         num_pairs = min(count - first, TILE // 2)
         for column in range(0, size, TILE):
@@ -271,6 +274,24 @@ def value_place(slot: int) -> int:
     return slot // 2 * 2 * LANES + slot % 2
 
 
+@intrinsic
+def _copy_pair(
+    _context: Any, source: Any, old: Any, target: Any, new: Any, element: Any
+) -> Any:
+    """Copy two elements from one index, which is even, to another."""
+    pair, size = ir.IntType(2 * element.bitwidth), _LONG(element.bitwidth // 8)
+
+    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        source, old, target, new, _ = values
+        at = builder.add(source, builder.mul(old, size))
+        to = builder.add(target, builder.mul(new, size))
+        found = builder.load(pointer_at(builder, at, pair), align=1)
+        builder.store(found, pointer_at(builder, to, pair), align=1)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4, element), generate
+
+
 @compiled
 def copy_key(
     source: int,
@@ -280,11 +301,12 @@ def copy_key(
     new: int,
     new_step: int,
     size: int,
+    element: Any,
 ) -> None:
     """Copy a key, a pair of elements every `step` elements."""
     for pair in range(size // 2):
-        at, to = (old + pair * old_step) // 2, (new + pair * new_step) // 2
-        copy_element(source, at, target, to, np.uint32(0))
+        at, to = old + pair * old_step, new + pair * new_step
+        _copy_pair(source, at, target, to, element)
 
 
 @compiled
@@ -311,11 +333,15 @@ def copy_value(
             )
 
 
+def _words_at(builder: Any, address: Any) -> Any:
+    return builder.load(pointer_at(builder, address, _WORDS), align=2)
+
+
 @intrinsic
 def _merge(
     _context: Any, one: Any, shift: Any, other: Any, other_shift: Any, target: Any
 ) -> Any:
-    """Write 16 pairs: of each at `one` and of each at `other` an element.
+    """Write 16 pairs of bfloat16: of each at `one` and each at `other` a number.
 
     Args:
         one: address of 16 pairs, of which the second are taken if `shift` is 16, the
@@ -335,9 +361,9 @@ def _merge(
             first = builder.insert_element(empty, bits, _WORD(0))
             return builder.shuffle_vector(first, first, ir.Constant(_WORDS, [0] * 16))
 
-        low = builder.lshr(_pairs_at(builder, one), all_lanes(shift))
+        low = builder.lshr(_words_at(builder, one), all_lanes(shift))
         low = builder.and_(low, ir.Constant(_WORDS, [0xFFFF] * 16))
-        high = builder.lshr(_pairs_at(builder, other), all_lanes(other_shift))
+        high = builder.lshr(_words_at(builder, other), all_lanes(other_shift))
         high = builder.shl(high, ir.Constant(_WORDS, [16] * 16))
         to = pointer_at(builder, target, _WORDS)
         builder.store(builder.or_(low, high), to, align=2)
@@ -350,7 +376,7 @@ def _merge(
 def copy_value_pair(
     cache: int, one: int, other: int, to: int, group_step: int, size: int
 ) -> None:
-    """Copy two values to a pair of slots; places and the step are in elements."""
+    """Copy two values of bfloat16 to a pair of slots; all numbers are of elements."""
     line, second, target = cache + one // 2 * 4, cache + other // 2 * 4, cache + 2 * to
     for _ in range(size // LANES):
         _merge(line, one % 2 * 16, second, other % 2 * 16, target)

@@ -56,7 +56,8 @@ PAIRS = (
     and bool(llvm.get_host_cpu_features().get("avx512bf16"))
 )
 """Whether the processor has what this needs."""
-_PAIRED = types.uint16, types.uint8
+PAIRED = types.uint16, types.uint8
+"""Elements whose products are made in pairs: bfloat16 and `FP8`."""
 LINE = 2 * (PART + WINDOW)
 """Bytes between two rows of packed weights."""
 
@@ -149,7 +150,7 @@ def _dot_pairs(
         _, keys, key_step, size, query, row_step, num_rows, scale, logits, ahead = (
             values
         )
-        if not PAIRS or element not in _PAIRED:
+        if not PAIRS or element not in PAIRED:
             return context.get_dummy_value()
         two = _LONG(2)
 
@@ -196,7 +197,7 @@ def _add_value_pairs(
 
     def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
         _, picked, num_pairs, column, width, weights, num_rows, outputs, step = values
-        if not PAIRS or element not in _PAIRED:
+        if not PAIRS or element not in PAIRED:
             return context.get_dummy_value()
         at_column = builder.mul(column, _LONG(element.bitwidth // 8))
         outputs = builder.add(outputs, builder.mul(column, _LONG(4)))

@@ -95,7 +95,7 @@ def _keys_at(call: Any, head: int, slot: int) -> int:
 def _values_at(call: Any, head: int, slot: int) -> int:
     """Address of the values of `TILE` slots from one on."""
     size, rest = call.head_size, slot % call.block_size
-    step = rest // 2 * VECTOR if call.packed else rest * size * call.itemsize
+    step = (rest // 2 * VECTOR if call.packed else rest * size) * call.itemsize
     half = call.block_size * size * call.itemsize
     return _block_at(call, head, slot) + half + step
 
@@ -160,7 +160,7 @@ def _list_pairs(call: Any, head: int, first: int, count: int, picked: int) -> in
     for index in range(0, count, TILE):
         values = _values_at(call, head, first + index)
         for number in range(index, min(index + TILE, count), 2):
-            at = values + (number - index) // 2 * VECTOR
+            at = values + (number - index) // 2 * VECTOR * call.itemsize
             is_read = 3 if number + 1 < count else 1
             num_pairs = list_pair(picked, num_pairs, at, number, is_read)
     end_pairs(picked, num_pairs)
@@ -210,7 +210,7 @@ def _weigh_values(call: Any, head: int, part: int, weights: int, picked: int) ->
             picked,
             num_pairs,
             size,
-            call.block_size,
+            call.block_size * LANES * call.itemsize,
             narrow,
             rows,
             outputs,
@@ -369,7 +369,7 @@ def attention_scores(
         output: as query, where to write what the rows attend to; None for nowhere.
         k_scale: what cached keys are multiplied by.
         v_scale: what cached values are multiplied by.
-        packed: whether rows lie packed; query and cache are bfloat16 then.
+        packed: whether rows lie packed; queries are bfloat16 then.
 
     Returns:
         [num_heads, num_tokens] fp32.
@@ -393,7 +393,7 @@ def attention_scores(
     paired = is_paired(query.dtype, kv_cache.dtype)
     assert paired or not packed
     config, lines = 0, num_rows
-    if AMX and packed:
+    if AMX and packed and kv_cache.dtype == torch.bfloat16:
         config = CONFIG.ctypes.data
         lines = -(-num_rows // MATRIX_ROWS) * MATRIX_ROWS
     query_size = in_lines((lines + 1) * head_size)

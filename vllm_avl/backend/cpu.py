@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -70,8 +69,7 @@ class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
         check_spec(kv_cache_spec, AVLSpec)
         check_layer_names(layer_names)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        is_fp8 = is_quantized_kv_cache(self.kv_cache_dtype)
-        if self.isa not in READABLE or (is_fp8 and self.isa == PACKED):
+        if self.isa not in READABLE:
             self.isa: str = "vec"
             self._set_isa_to_layers(layer_names)
 
@@ -189,11 +187,11 @@ class AVLImpl(CPUAttentionBackendImpl):
 
     def _cache(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> CPUCache:
         of_layer = self.head_size, self.scale, self.logits_soft_cap
+        packed = layer.isa == PACKED  # type: ignore[attr-defined]
         if not self.is_fp8_kv_cache:
-            packed = layer.isa == PACKED  # type: ignore[attr-defined]
             return CPUCache(kv_cache, *of_layer, packed=packed)
         scales = layer._k_scale_float, layer._v_scale_float
-        return CPUCache(as_numbers(kv_cache), *of_layer, *scales)
+        return CPUCache(as_numbers(kv_cache), *of_layer, *scales, packed)
 
     def _work(
         self,
