@@ -82,9 +82,9 @@ def watched() -> Iterator[Steps]:
 
         return attend
 
-    def performed(layer: Any, task: Any, query: Any) -> None:
+    def performed(layer: Any, task: Any, *step: Any) -> None:
         start = time.perf_counter()
-        perform(layer, task, query)
+        perform(layer, task, *step)
         if task.scores:
             steps.choosing.append(time.perf_counter() - start)
 

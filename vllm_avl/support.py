@@ -14,7 +14,7 @@ BACKEND = "--attention-backend avl"
 WAY_OUT = f"or start without {BACKEND}"
 FP8_CACHES = ("fp8", "fp8_e4m3")
 """Quantised caches that are supported, by vLLM's names: e4m3, a scale a tensor."""
-CACHES = ("auto", "bfloat16", "float16", *FP8_CACHES)
+PLAIN_CACHES = ("auto", "bfloat16", "float16")
 
 
 class UnsupportedError(ValueError):
@@ -139,15 +139,19 @@ def check_config(vllm_config: Any, avl_config: AVLConfig) -> None:
     for refusal in REFUSALS:
         if refusal.applies(vllm_config):
             raise UnsupportedError(f"{BACKEND} {refusal.sentence}, {WAY_OUT}")
-    _check_cache(vllm_config.cache_config.cache_dtype)
+    device_type = vllm_config.device_config.device_type
+    _check_cache(vllm_config.cache_config.cache_dtype, device_type)
     _check_chunks(vllm_config.scheduler_config, avl_config)
 
 
-def _check_cache(dtype: str) -> None:
-    if dtype not in CACHES:
+def _check_cache(dtype: str, device_type: str) -> None:
+    # On CUDA nothing has shown yet that fp8 is read and moved rightly.
+    caches = PLAIN_CACHES + (FP8_CACHES if device_type == "cpu" else ())
+    if dtype not in caches:
         raise UnsupportedError(
-            f"{BACKEND} does not support a KV cache of {dtype}; choose one of "
-            f"{', '.join(CACHES)} with --kv-cache-dtype, {WAY_OUT}"
+            f"{BACKEND} does not support a KV cache of {dtype} on {device_type} "
+            f"devices; choose one of {', '.join(caches)} with --kv-cache-dtype, "
+            f"{WAY_OUT}"
         )
 
 

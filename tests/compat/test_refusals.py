@@ -233,19 +233,24 @@ def test_attention_types(change, named):
         current_platform.get_attn_backend_cls(AttentionBackendEnum["AVL"], selector)
 
 
-OUR_CACHES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
+OUR_CACHES = {
+    "cpu": ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3"),
+    "cuda": ("auto", "float16", "bfloat16"),
+}
 
 
+@pytest.mark.parametrize("device", OUR_CACHES)
 @pytest.mark.parametrize("dtype", get_args(CacheDType))
-def test_every_cache_of_vllm_is_supported_or_refused(dtype):
-    config = settings(cache_config__cache_dtype=dtype)
-    if dtype in OUR_CACHES:
+def test_every_cache_of_vllm_is_supported_or_refused(dtype, device):
+    changes = {"cache_config__cache_dtype": dtype, "device_config__device_type": device}
+    config = settings(**changes)
+    if dtype in OUR_CACHES[device]:
         support.check_config(config, AVLConfig())
         return
     with pytest.raises(UnsupportedError) as caught:
         support.check_config(config, AVLConfig())
     message = str(caught.value)
-    assert f"does not support a KV cache of {dtype}; choose one of auto, " in message
+    assert f"does not support a KV cache of {dtype} on {device} devices" in message
     assert "with --kv-cache-dtype, or start without" in message
 
 

@@ -1,5 +1,10 @@
 """With an fp8 cache, what is stored, read and answered follows the cached numbers."""
 
+from dataclasses import replace
+
+import pytest
+from vllm.v1.attention.backends import cpu_attn
+
 from vllm_avl.testing.engine import Ask
 
 HALF = {"vision_store_ratio": 0.5, "introspection": 4}
@@ -15,6 +20,7 @@ ASKS = [
     Ask((2,), "What?", 12, (("avl_policy", "h2o"), ("avl_core_ratio", 0.2))),
     Ask((), "No picture at all.", 8),
 ]
+ASKS_OF_STOCK = [replace(ask, xargs=()) for ask in ASKS]
 
 
 def evicted(engine, ask):
@@ -46,6 +52,19 @@ def agreement(engines, cache_dtype, other="auto"):
 def test_what_is_evicted_is_nearly_what_bfloat16_evicts(engines):
     found = agreement(engines, "fp8")
     assert min(found) >= 0.85
+
+
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_all_ratios_1_give_the_tokens_of_stocks_kernel(
+    engines, monkeypatch, block_size
+):
+    options = {"kv_cache_dtype": "fp8_e4m3", "dtype": "bfloat16"}
+    options["block_size"] = block_size
+    ones = dict.fromkeys(("vision_store_ratio", "vision_core_ratio"), 1.0)
+    ours = engines(avl=ones | {"text_keep_ratio": 1}, **options)
+    # Stock's kernel for AMX rounds otherwise, and is never ours.
+    monkeypatch.setattr(cpu_attn, "_get_attn_isa", lambda *_: "vec")
+    assert ours.ask(ASKS_OF_STOCK) == engines(avl=None, **options).ask(ASKS_OF_STOCK)
 
 
 def test_a_batch_answers_as_each_request_alone(engines):

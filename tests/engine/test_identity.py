@@ -23,7 +23,6 @@ MODES = {
     "block-128": {"block_size": 128},
     "bf16": {"dtype": "bfloat16"},
     "fp8": {"kv_cache_dtype": "fp8"},
-    "fp8-bf16": {"kv_cache_dtype": "fp8_e4m3", "dtype": "bfloat16"},
     "compiled": {"enforce_eager": False},
 }
 

@@ -7,6 +7,7 @@ answer is what a fresh server gives.
 
 import random
 from collections import Counter
+from functools import cache
 
 import pytest
 
@@ -17,6 +18,9 @@ NUM_SEQUENCES = 70
 """For each pool."""
 POOLS = (43, 50, 60)
 """Blocks: the longest stock request takes 41 of them."""
+CACHES = {"auto": 512, "fp8": 128}
+"""Bytes of a token by the cache's dtype."""
+CASES = [*[(num_blocks, "auto") for num_blocks in POOLS], (50, "fp8")]
 SIZE = models.ModelSize(
     hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_size=32
 )
@@ -47,12 +51,13 @@ def start(tmp_path_factory):
     checkpoint = models.build("llava", tmp_path_factory.mktemp("tiny") / "llava", SIZE)
     engines = []
 
-    def start(num_blocks):
+    def start(num_blocks, cached):
         engines.append(
             Engine(
                 checkpoint,
-                # 512 bytes a token, and the null block.
-                kv_cache_memory_bytes=(num_blocks + 1) * 32 * 512,
+                # And the null block.
+                kv_cache_memory_bytes=(num_blocks + 1) * 32 * CACHES[cached],
+                kv_cache_dtype=cached,
                 max_model_len=1370,
                 max_num_seqs=6,
                 max_num_batched_tokens=500,
@@ -67,13 +72,17 @@ def start(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(start):
-    engine = start(max(POOLS))
-    return {ask: engine.alone(ask) for ask in QUESTIONS}
+    @cache
+    def answers(dtype):
+        engine = start(max(POOLS), dtype)
+        return {ask: engine.alone(ask) for ask in QUESTIONS}
+
+    return answers
 
 
-@pytest.mark.parametrize("num_blocks", POOLS)
-def test_random_sequences(start, expected, num_blocks):
-    engine = start(num_blocks)
+@pytest.mark.parametrize(("num_blocks", "cached"), CASES)
+def test_random_sequences(start, expected, num_blocks, cached):
+    engine, expected = start(num_blocks, cached), expected(cached)
     preempted, replayed, kinds = set(), set(), Counter()
     original = engine.scheduler._preempt_request
 
