@@ -1,0 +1,114 @@
+"""Reads one line's worth of result out of what a step printed or wrote."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+Row = Mapping[str, str]
+
+
+def machine(log: str) -> str:
+    """Return what there is, of the environment's last line."""
+    found = json.loads(log.splitlines()[-1])
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def last_words(log: str) -> str:
+    """Return the last line."""
+    return log.splitlines()[-1].split("\r")[-1][:160]
+
+
+def checks(log: str) -> str:
+    """Return how many lines begin with ok, and those that begin with FAIL."""
+    lines = log.splitlines()
+    failed = [line[:80] for line in lines if line.startswith("FAIL")]
+    return "; ".join([f"{sum(x.startswith('ok ') for x in lines)} ok", *failed])
+
+
+def tests(log: str) -> str:
+    """Return pytest's last line, and the first test that failed."""
+    lines = log.splitlines()
+    ends = [
+        x for x in lines if re.search(r"\d+ (passed|failed|errors?|tests? coll)", x)
+    ]
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return "; ".join([ends[-1].strip("= "), *(line[:120] for line in failed[:1])])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Figures of the benchmarks' CSV files in a folder, with what they ought to be."""
+
+    folder: Path
+
+    def attention(self, num_heads: int) -> str:
+        """Return the best of ours reading core with so many heads, by batch."""
+        best = [
+            row
+            for row in self._read("kernels_attention.csv")
+            if (row["reads"], row["way"]) == ("core", "ours")
+            and int(row["num_heads"]) == num_heads
+            and "best" in row["choice"]
+        ]
+        return "; ".join(map(_attention, best))
+
+    def compaction(self) -> str:
+        """Return what a prompt's end adds to its prefill's attention, by shape."""
+        added: dict[str, float] = {}
+        for row in self._read("kernels_compaction.csv"):
+            if row["operation"] in ("prefill", "select_core"):
+                continue
+            if row["way"] == "w=1" or row["way"].endswith("in place"):
+                continue
+            shape = f"{row['num_heads']}/{row['num_kv_heads']} heads"
+            added[shape] = added.get(shape, 0) + float(row["over_prefill"])
+        sums = (f"{shape} {total:.2f}" for shape, total in added.items())
+        return (
+            f"scores, ranks and copies over the prefill's attention: {'; '.join(sums)}"
+        )
+
+    def decode(self) -> str:
+        """Return avl's time a token over stock's."""
+        rows = self._read("serving.csv")
+        stock, *others = [r for r in rows if r["measurement"] == "latency"]
+        return "; ".join(
+            f"{row['variant']}, {row['concurrency']} at once: TPOT {row['tpot_ratio']}"
+            f" of stock's {stock['tpot_ms']} ms, ITL {_over(row, stock, 'itl_ms')}"
+            " (to be at most 0.6)"
+            for row in others
+        )
+
+    def pool(self) -> str:
+        """Return avl's tokens per second over stock's."""
+        rows = self._read("serving.csv")
+        stock, *others = [r for r in rows if r["measurement"] == "throughput"]
+        return "; ".join(
+            f"{row['variant']}: {row['tokens_ratio']} of stock's "
+            f"{stock['tokens_per_s']} tokens/s (to be at least 1.5)"
+            for row in others
+        )
+
+    def _read(self, name: str) -> list[Row]:
+        with (self.folder / name).open(newline="") as lines:
+            return list(csv.DictReader(lines))
+
+
+def _attention(row: Row) -> str:
+    def faster(name: str) -> str:
+        return f"{1 / float(row[f'over_{name}_full']):.2f}"
+
+    return (
+        f"{row['num_heads']}/{row['num_kv_heads']} heads, batch {row['batch']}: "
+        f"core {faster('TRITON_ATTN')} x TRITON_ATTN's full (to be 2.5), "
+        f"{faster('FLASH_ATTN')} x FLASH_ATTN's (2), "
+        f"{float(row['share_of_copy']):.0%} of a copy's bandwidth (80 %)"
+    )
+
+
+def _over(row: Row, stock: Row, name: str) -> str:
+    return f"{float(row[name]) / float(stock[name]):.2f}"
