@@ -20,7 +20,6 @@ import json
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tomllib
 import venv
@@ -75,7 +74,7 @@ def make(folder: Path, bundle: Path | None, wheels: Path | None) -> None:
     """Make the environment; what was unpacked before is not unpacked again."""
     venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
     (site,) = folder.glob("lib/python3.*/site-packages")
-    found = [site_packages()]
+    found = site_packages()
     if bundle:
         found.insert(0, unpack(bundle, folder / "bundle"))
     if wheels:
@@ -90,9 +89,10 @@ def make(folder: Path, bundle: Path | None, wheels: Path | None) -> None:
     script.chmod(0o755)
 
 
-def site_packages() -> Path:
-    """Where the Python that runs this has its packages."""
-    return Path(sysconfig.get_path("purelib"))
+def site_packages() -> list[Path]:
+    """Where the Python that runs this has its packages, Debian's included."""
+    names = ("site-packages", "dist-packages")
+    return [Path(path) for path in sys.path if Path(path).name in names]
 
 
 def unpack(bundle: Path, target: Path) -> Path:

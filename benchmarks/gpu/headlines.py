@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,15 +47,17 @@ class Rows:
     folder: Path
 
     def attention(self, num_heads: int) -> str:
-        """Return the best of ours reading core with so many heads, by batch."""
-        best = [
+        """Return what the best of ours gain with so many heads, by batch."""
+        rows = [
             row
             for row in self._read("kernels_attention.csv")
-            if (row["reads"], row["way"]) == ("core", "ours")
-            and int(row["num_heads"]) == num_heads
-            and "best" in row["choice"]
+            if int(row["num_heads"]) == num_heads and "best" in row["choice"]
         ]
-        return "; ".join(map(_attention, best))
+        batches = dict.fromkeys(row["batch"] for row in rows)
+        return "; ".join(
+            _attention([row for row in rows if row["batch"] == batch])
+            for batch in batches
+        )
 
     def compaction(self) -> str:
         """Return what a prompt's end adds to its prefill's attention, by shape."""
@@ -98,15 +100,23 @@ class Rows:
             return list(csv.DictReader(lines))
 
 
-def _attention(row: Row) -> str:
+def _attention(rows: Sequence[Row]) -> str:
+    """Return a batch's figures; each way has a row for each of its reads."""
+    found = {(row["way"], row["reads"]): row for row in rows}
+    row = found["ours", "core"]
+
     def faster(name: str) -> str:
         return f"{1 / float(row[f'over_{name}_full']):.2f}"
 
+    peer = found.get(("xformers", "tail"))
+    tail = ""
+    if peer:
+        tail = f", tail {_over(peer, found['ours', 'tail'], 'us')} x xformers' (1)"
     return (
         f"{row['num_heads']}/{row['num_kv_heads']} heads, batch {row['batch']}: "
         f"core {faster('TRITON_ATTN')} x TRITON_ATTN's full (to be 2.5), "
         f"{faster('FLASH_ATTN')} x FLASH_ATTN's (2), "
-        f"{float(row['share_of_copy']):.0%} of a copy's bandwidth (80 %)"
+        f"{float(row['share_of_copy']):.0%} of a copy's bandwidth (80 %){tail}"
     )
 
 

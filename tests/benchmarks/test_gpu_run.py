@@ -271,15 +271,22 @@ def test_headlines_of_rows(module, tmp_path):
     ours = {
         **{"num_heads": 32, "num_kv_heads": 32, "batch": 32, "reads": "core"},
         **{"way": "ours", "choice": "best default", "share_of_copy": 0.84},
-        **{"over_TRITON_ATTN_full": 0.4, "over_FLASH_ATTN_full": 0.5},
+        **{"over_TRITON_ATTN_full": 0.4, "over_FLASH_ATTN_full": 0.5, "us": 90.0},
     }
-    others = [{"choice": ""}, {"num_heads": 28}, {"reads": "tail"}]
+    others = [
+        {"choice": ""},
+        {"num_heads": 28},
+        {"reads": "tail", "us": 100.0},
+        {"reads": "tail", "us": 96.0, "way": "xformers"},
+    ]
     attention = [ours, *(ours | other for other in others)]
     write(tmp_path / "kernels_attention.csv", attention)
     assert rows.attention(32) == (
         "32/32 heads, batch 32: core 2.50 x TRITON_ATTN's full (to be 2.5), "
-        "2.00 x FLASH_ATTN's (2), 84% of a copy's bandwidth (80 %)"
+        "2.00 x FLASH_ATTN's (2), 84% of a copy's bandwidth (80 %), "
+        "tail 0.96 x xformers' (1)"
     )
+    assert "xformers" not in rows.attention(28)
     heads = {"num_heads": 32, "num_kv_heads": 32}
     ends = [
         ("prefill", "flash", 1.0),
