@@ -2,7 +2,7 @@
 
 `latency` has a pool that holds all requests and measures decoding by concurrency;
 `throughput` has one that holds a few stock requests at a time, and all wait from the
-start. One server runs at a time; the servers take turns, once a repeat, and every
+start. The servers take turns, once a repeat, one alone unless `--together`, and every
 ratio is to stock of the same repeat. All `avl` variants ask one `avl` server, which
 they tell their ratios by request. `avl` works over the attention that stock chooses:
 with all ratios 1 it must give stock's tokens before it is timed. `--triton` adds stock
@@ -24,7 +24,8 @@ import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -177,6 +178,7 @@ def add_options(add: Callable[..., object]) -> None:
     add("--dtype", default="bfloat16" if CUDA else "float32", help="of all servers")
     add("--enforce-eager", action="store_true", help="no graphs, no compilation")
     add("--compilation-config", metavar="JSON", help="of all servers")
+    add("--together", action="store_true", help="start servers at once; one is asked")
     add("--triton", action="store_true", help="also stock with TRITON_ATTN; CUDA")
     add("--repeats", type=int, default=3, help="turns of each server")
     add("--warm-up", choices=WARM_UPS, default=WARM_UPS[0], help="of each variant")
@@ -249,26 +251,34 @@ class Bench:
         variants = sum(len(side.variants) for side in self._sides)
         total = variants * len(repeats) * len(self._load.concurrencies)
         with tqdm(total=total, unit="run", disable=None) as progress:
-            for repeat, side in itertools.product(repeats, self._sides):
-                progress.set_description(f"{self._load.name}, {side.name}")
-                logs = self._args.logs / f"{self._load.name}-{repeat}-{side.name}"
-                with self._serve(side, logs) as server:
-                    self._check_tokens(server, side)
-                    for key, run in self._runs(server, side, logs):
-                        runs.setdefault(key, []).append(run)
-                        progress.update()
+            for repeat in repeats:
+                with ExitStack() as stack:
+                    servers = [self._serve(side, repeat) for side in self._sides]
+                    if self._args.together:
+                        servers = start(servers, stack)
+                    for side, started in zip(self._sides, servers, strict=True):
+                        progress.set_description(f"{self._load.name}, {side.name}")
+                        with started as server:
+                            self._check_tokens(server, side)
+                            for key, run in self._runs(server, side):
+                                runs.setdefault(key, []).append(run)
+                                progress.update()
         return runs
 
-    def _serve(self, side: Side, logs: Path) -> AbstractContextManager[Server]:
-        """Start a server: all have the same options but for the back end."""
+    def _serve(self, side: Side, repeat: int) -> AbstractContextManager[Server]:
+        """Return a server to be: all have the same options but for the back end."""
+        logs = self._args.logs / f"{self._load.name}-{repeat}-{side.name}"
         seqs = max(self._load.concurrencies)
-        eager = ["--enforce-eager"] if self._args.enforce_eager else []
+        options = ["--enforce-eager"] if self._args.enforce_eager else []
         if self._args.compilation_config:
-            eager += ["--compilation-config", self._args.compilation_config]
+            options += ["--compilation-config", self._args.compilation_config]
+        if self._args.together and CUDA:
+            # vLLM wants that much free, and takes the bytes it is told.
+            options += ["--gpu-memory-utilization", "0.3"]
         common = self._args.workload.server_options(self._load.pool_requests, seqs)
         return serve(
             self._folder,
-            [*common, *eager, *side.options],
+            [*common, *options, *side.options],
             log=logs / "server.log",
             timeout=self._args.start_seconds,
             environment={} if CUDA else ONE_THREAD,
@@ -305,7 +315,7 @@ class Bench:
         return answer.choices[0].token_ids
 
     def _runs(
-        self, server: Server, side: Side, logs: Path
+        self, server: Server, side: Side
     ) -> Iterator[tuple[tuple[str, int], Run]]:
         """Yield a run of each concurrency and variant, the variants taking turns."""
         metrics = server.metrics()
@@ -316,7 +326,7 @@ class Bench:
             self._load.concurrencies, side.variants
         ):
             client = Client(server, side.variants[name], concurrency, *limits)
-            stem = logs / f"{name}-{concurrency}"
+            stem = server.log.parent / f"{name}-{concurrency}"
             if self._args.warm_up == "request":
                 self._ask(server, side.variants[name], WARM_UP_TOKENS)
             else:
@@ -327,6 +337,18 @@ class Bench:
             self.settings["prompt_tokens"] = run.facts["total_input_tokens"] // count
             self.settings["output_tokens"] = workload.output_tokens
             yield (name, concurrency), run
+
+
+def start(
+    servers: Sequence[AbstractContextManager[Server]], stack: ExitStack
+) -> list[AbstractContextManager[Server]]:
+    """Start all servers at once; `stack` stops them.
+
+    Raises:
+        ServerError: one did not start.
+    """
+    with ThreadPoolExecutor() as threads:
+        return [nullcontext(x) for x in threads.map(stack.enter_context, servers)]
 
 
 def summarize(load: Load, runs: Runs) -> list[dict[str, object]]:

@@ -31,13 +31,15 @@ def checks(log: str) -> str:
 
 
 def tests(log: str) -> str:
-    """Return pytest's last line, and the first test that failed."""
+    """Return pytest's last line, or how far it came, and the first that failed."""
     lines = log.splitlines()
-    ends = [
-        x for x in lines if re.search(r"\d+ (passed|failed|errors?|tests? coll)", x)
-    ]
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return "; ".join([ends[-1].strip("= "), *(line[:120] for line in failed[:1])])
+    counted = re.compile(r"\d+ (passed|failed|errors?|tests? coll)")
+    ends = [line.strip("= ") for line in lines if counted.search(line)]
+    failed = [line for line in lines if re.match(r"(\[gw.*)?(FAILED|ERROR)", line)]
+    if not ends:
+        passed = sum(bool(re.search(r"\bPASSED\b", line)) for line in lines)
+        ends = [f"no end: {passed} passed, {len(failed)} failed by then"]
+    return "; ".join([ends[-1], *(line[:120] for line in failed[:1])])
 
 
 @dataclass(frozen=True)

@@ -110,12 +110,15 @@ def test_no_step_begins_when_time_is_over(tmp_path):
             50,
             0,
         ),
+        ("not-asked-for", python("print('never')"), 50, 0),
         ("late", python("print('too late')"), 50, 0),
     ]
     started = time.monotonic()
-    done, rows = run(tmp_path, steps, "--seconds", "2.5")
+    only = ("--only", "late")  # and what makes the environment: the first
+    done, rows = run(tmp_path, steps, "--seconds", "2.5", *only)
     assert time.monotonic() - started < 30
     assert done.returncode == 1
+    assert list(rows) == ["long", "late"]
     assert rows["long"]["result"] == "timed out"
     assert rows["late"] == {
         "step": "late",
@@ -236,8 +239,8 @@ def test_command_lines_are_ones_that_the_scripts_take(module, tmp_path):
             if name in ("serving", "attention", "compaction"):
                 module(name).parse(options)
     assert [step.name for step in steps.make_steps(paths, False)] == [
-        *("environment", "vllm-kernels", "smoke", "kernels", "engine", "attention"),
-        *("compaction", "decode", "pool", "graphs", "attention-gqa"),
+        *("environment", "smoke", "kernels", "engine", "attention", "compaction"),
+        *("decode", "pool", "attention-gqa", "vllm-kernels"),
     ]
 
 
@@ -256,6 +259,10 @@ def test_headlines_of_logs(module):
     assert headlines.tests(log) == said
     assert headlines.tests("19 tests collected in 0.1s\n") == (
         "19 tests collected in 0.1s"
+    )
+    log = "[gw3] [ 7%] PASSED a::b\n[gw1] [ 15%] FAILED a::c\n"
+    assert headlines.tests(log) == (
+        "no end: 1 passed, 1 failed by then; [gw1] [ 15%] FAILED a::c"
     )
     assert headlines.checks("ok    a\nFAIL  b: E\nok    c\n") == "2 ok; FAIL  b: E"
     assert headlines.last_words("a\nb\n") == "b"
