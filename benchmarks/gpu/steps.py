@@ -186,7 +186,7 @@ def standin_steps(paths: Paths, shared: Mapping[str, str]) -> list[Step]:
                 *("tiny", "latency", "--concurrency", "2", "--rounds", "1"),
                 *("--settings", "0.5,0.3,3", *served),
             ),
-            300,
+            700,
             lambda _: rows.decode(),
         ),
         (
@@ -195,7 +195,7 @@ def standin_steps(paths: Paths, shared: Mapping[str, str]) -> list[Step]:
                 *("tiny", "throughput", "--requests", "4", "--pool-requests", "1.5"),
                 *("--settings", "0.5", "--together", *served),
             ),
-            300,
+            700,
             lambda _: rows.pool(),
         ),
         (
