@@ -2,10 +2,11 @@
 
 `latency` has a pool that holds all requests and measures decoding by concurrency;
 `throughput` has one that holds a few stock requests at a time, and all wait from the
-start. One server runs at a time; the servers take turns, once a repeat, and every
+start. The servers take turns, once a repeat, one alone unless `--together`, and every
 ratio is to stock of the same repeat. All `avl` variants ask one `avl` server, which
-they tell their ratios by request. On CUDA stock also runs with TRITON_ATTN, the back
-end that `avl` builds on: that is the reference, token by token, of what is timed.
+they tell their ratios by request. `avl` works over the attention that stock chooses:
+with all ratios 1 it must give stock's tokens before it is timed. `--triton` adds stock
+with TRITON_ATTN.
 
 The weights are vLLM's dummies. Their attention is almost even, so which tokens are
 core changes at every refresh (the dearest case) and tokens agree more easily than a
@@ -21,10 +22,10 @@ import argparse
 import itertools
 import signal
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +35,7 @@ import served_models
 import torch
 from arguments import CHECKPOINTS
 from figures import save
+from gpu.environment import gpu
 from matplotlib import pyplot
 from report import RESULTS, append_rows, machine, print_heading, print_table, spread
 from served_models import MODELS, Client, Run, Workload
@@ -44,6 +46,8 @@ from vllm_avl.testing.server import ONE_THREAD, Server, ServerError, serve
 STOCK, AVL, TRITON = "stock", "avl", "stock TRITON_ATTN"
 GATE_TOKENS = 16
 WARM_UP_TOKENS = 32
+WARM_UPS = ("run", "request")
+"""By the client, as it then measures; or one request, enough where graphs are."""
 CUDA = torch.cuda.is_available()
 ALL_KEPT = {"avl_store_ratio": 1.0, "avl_core_ratio": 1.0}
 SETTINGS: dict[str, type] = {
@@ -51,6 +55,17 @@ SETTINGS: dict[str, type] = {
     "avl_core_ratio": float,
     "avl_refresh_interval": int,
 }
+QUICK: dict[str, object] = {
+    "repeats": 1,
+    "requests": 8,
+    "concurrency": [1, 2],
+    "rounds": 1,
+    "pool_requests": 2.5,
+    "scrape_seconds": 0.2,
+    "warm_up": "request",
+    "enforce_eager": True,
+}
+"""What other options are by default."""
 CLIENT_FACTS = {
     "ttft_ms": "median_ttft_ms",
     "tpot_ms": "median_tpot_ms",
@@ -128,11 +143,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add_options(parser.add_argument)
+    if parser.parse_known_args(argv)[0].quick:
+        parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
-    if args.quick:
-        args.repeats, args.requests, args.output_tokens = 1, 8, 256
-        args.concurrency, args.rounds, args.pool_requests = [1, 2], 1, 2.5
-        args.scrape_seconds, args.enforce_eager = 0.2, True
     model = MODELS[args.model]
     lengths = (args.images or model.images, args.text_tokens, args.output_tokens)
     try:
@@ -164,12 +177,16 @@ def add_options(add: Callable[..., object]) -> None:
     add("--block-size", type=int, default=16 if CUDA else 32, help="of all servers")
     add("--dtype", default="bfloat16" if CUDA else "float32", help="of all servers")
     add("--enforce-eager", action="store_true", help="no graphs, no compilation")
+    add("--compilation-config", metavar="JSON", help="of all servers")
+    add("--together", action="store_true", help="start servers at once; one is asked")
+    add("--triton", action="store_true", help="also stock with TRITON_ATTN; CUDA")
     add("--repeats", type=int, default=3, help="turns of each server")
+    add("--warm-up", choices=WARM_UPS, default=WARM_UPS[0], help="of each variant")
     add("--seed", type=int, default=0, help="of the first run's pictures and text")
     add("--scrape-seconds", type=float, default=1.0, help="between looks at /metrics")
     add("--start-seconds", type=float, default=900, help="a server may take to start")
     add("--run-seconds", type=float, default=1800, help="a client may take")
-    add("--quick", action="store_true", help="one short turn, no CSV row, no warm-up")
+    add("--quick", action="store_true", help="one short turn, eager, no CSV row")
     add("--results", type=Path, default=RESULTS, help="folder of CSV and plots")
     add("--checkpoints", type=Path, default=CHECKPOINTS, help="folder of the models")
     add("--logs", type=Path, default=CHECKPOINTS / "serving-logs", help="folder, kept")
@@ -193,16 +210,16 @@ def loads(args: argparse.Namespace) -> Iterator[Load]:
         yield Load("throughput", [args.requests], 1, args.pool_requests)
 
 
-def sides(settings: Sequence[Mapping[str, float]]) -> list[Side]:
-    """Return the servers in their order: the one before `avl` is its reference."""
+def sides(settings: Sequence[Mapping[str, float]], triton: bool) -> list[Side]:
+    """Return the servers in their order."""
     named = {
         " ".join(f"{k}={v:g}" for k, v in zip("SCK", one.values(), strict=False)): one
         for one in settings
     }
-    triton = Side(TRITON, ["--attention-backend", "TRITON_ATTN"], {TRITON: {}})
+    on_triton = Side(TRITON, ["--attention-backend", "TRITON_ATTN"], {TRITON: {}})
     return [
         Side(STOCK, [], {STOCK: {}}),
-        *([triton] if CUDA else []),
+        *([on_triton] if triton else []),
         Side(AVL, ["--attention-backend", "avl"], named),
     ]
 
@@ -212,7 +229,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, folder: Path, load: Load) -> None:
         self._args, self._folder, self._load = args, folder, load
-        self._sides = sides(args.settings)
+        self._sides = sides(args.settings, args.triton)
         self._answers: dict[str, list[int]] = {}
         # No two runs share pictures: caches of prefixes and encodings would be hit.
         self._seeds = itertools.count(args.seed)
@@ -234,24 +251,34 @@ class Bench:
         variants = sum(len(side.variants) for side in self._sides)
         total = variants * len(repeats) * len(self._load.concurrencies)
         with tqdm(total=total, unit="run", disable=None) as progress:
-            for repeat, side in itertools.product(repeats, self._sides):
-                progress.set_description(f"{self._load.name}, {side.name}")
-                logs = self._args.logs / f"{self._load.name}-{repeat}-{side.name}"
-                with self._serve(side, logs) as server:
-                    self._check_tokens(server, side)
-                    for key, run in self._runs(server, side, logs):
-                        runs.setdefault(key, []).append(run)
-                        progress.update()
+            for repeat in repeats:
+                with ExitStack() as stack:
+                    servers = [self._serve(side, repeat) for side in self._sides]
+                    if self._args.together:
+                        servers = start(servers, stack)
+                    for side, started in zip(self._sides, servers, strict=True):
+                        progress.set_description(f"{self._load.name}, {side.name}")
+                        with started as server:
+                            self._check_tokens(server, side)
+                            for key, run in self._runs(server, side):
+                                runs.setdefault(key, []).append(run)
+                                progress.update()
         return runs
 
-    def _serve(self, side: Side, logs: Path) -> AbstractContextManager[Server]:
-        """Start a server: all have the same options but for the back end."""
+    def _serve(self, side: Side, repeat: int) -> AbstractContextManager[Server]:
+        """Return a server to be: all have the same options but for the back end."""
+        logs = self._args.logs / f"{self._load.name}-{repeat}-{side.name}"
         seqs = max(self._load.concurrencies)
-        eager = ["--enforce-eager"] if self._args.enforce_eager else []
+        options = ["--enforce-eager"] if self._args.enforce_eager else []
+        if self._args.compilation_config:
+            options += ["--compilation-config", self._args.compilation_config]
+        if self._args.together and CUDA:
+            # vLLM wants that much free, and takes the bytes it is told.
+            options += ["--gpu-memory-utilization", "0.3"]
         common = self._args.workload.server_options(self._load.pool_requests, seqs)
         return serve(
             self._folder,
-            [*common, *eager, *side.options],
+            [*common, *options, *side.options],
             log=logs / "server.log",
             timeout=self._args.start_seconds,
             environment={} if CUDA else ONE_THREAD,
@@ -259,32 +286,36 @@ class Bench:
         )
 
     def _check_tokens(self, server: Server, side: Side) -> None:
-        """Refuse to time `avl` unless S = C = 1 gives its reference's tokens."""
-        xargs = {"vllm_xargs": ALL_KEPT} if side.name == AVL else {}
-        answer = server.client().chat.completions.create(
-            model=server.model,
-            messages=[self._args.workload.question()],
-            max_tokens=GATE_TOKENS,
-            temperature=0,
-            extra_body={"ignore_eos": True, "return_token_ids": True, **xargs},
-        )
-        tokens = answer.choices[0].token_ids
+        """Refuse to time `avl` unless S = C = 1 gives stock's tokens."""
+        xargs = ALL_KEPT if side.name == AVL else {}
+        tokens = self._ask(server, xargs, GATE_TOKENS)
         self._answers[side.name] = tokens
         if side.name != AVL:
             return
-        reference = self._sides[-2].name
         for name in self._answers.keys() - {AVL}:
             pairs = zip(tokens, self._answers[name], strict=True)
             same = sum(ours == theirs for ours, theirs in pairs)
             tqdm.write(f"S = C = 1 and {name}: {same} of {len(tokens)} tokens agree")
-        if tokens != self._answers[reference]:
+        if tokens != self._answers[STOCK]:
             raise SystemExit(
-                f"S = C = 1 gives {tokens}, {reference} {self._answers[reference]}: "
+                f"S = C = 1 gives {tokens}, stock {self._answers[STOCK]}: "
                 f"nothing is reported; logs: {self._args.logs}"
             )
 
+    def _ask(self, server: Server, xargs: Mapping[str, float], count: int) -> list[int]:
+        """Return `count` tokens about the workload's pictures."""
+        extra = {"ignore_eos": True, "return_token_ids": True}
+        answer = server.client().chat.completions.create(
+            model=server.model,
+            messages=[self._args.workload.question()],
+            max_tokens=count,
+            temperature=0,
+            extra_body=extra | ({"vllm_xargs": dict(xargs)} if xargs else {}),
+        )
+        return answer.choices[0].token_ids
+
     def _runs(
-        self, server: Server, side: Side, logs: Path
+        self, server: Server, side: Side
     ) -> Iterator[tuple[tuple[str, int], Run]]:
         """Yield a run of each concurrency and variant, the variants taking turns."""
         metrics = server.metrics()
@@ -295,8 +326,10 @@ class Bench:
             self._load.concurrencies, side.variants
         ):
             client = Client(server, side.variants[name], concurrency, *limits)
-            stem = logs / f"{name}-{concurrency}"
-            if not self._args.quick:
+            stem = server.log.parent / f"{name}-{concurrency}"
+            if self._args.warm_up == "request":
+                self._ask(server, side.variants[name], WARM_UP_TOKENS)
+            else:
                 short = replace(workload, output_tokens=WARM_UP_TOKENS)
                 client.run(short, concurrency, next(self._seeds), stem)
             count = concurrency * self._load.rounds
@@ -306,14 +339,16 @@ class Bench:
             yield (name, concurrency), run
 
 
-def gpu() -> dict[str, str]:
-    """Return the GPU and its driver; asking CUDA would take memory on it."""
-    if not CUDA:
-        return {"gpu": "none", "driver": "none"}
-    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    name, driver = lines.splitlines()[0].split(", ")
-    return {"gpu": name, "driver": driver}
+def start(
+    servers: Sequence[AbstractContextManager[Server]], stack: ExitStack
+) -> list[AbstractContextManager[Server]]:
+    """Start all servers at once; `stack` stops them.
+
+    Raises:
+        ServerError: one did not start.
+    """
+    with ThreadPoolExecutor() as threads:
+        return [nullcontext(x) for x in threads.map(stack.enter_context, servers)]
 
 
 def summarize(load: Load, runs: Runs) -> list[dict[str, object]]:

@@ -30,7 +30,7 @@ SIZE = ModelSize(
 def build(out_dir: Path, seed: int = 0) -> Path:
     """Write the checkpoint to `out_dir` and return it."""
     tokenizer = make_tokenizer("llava", ["<image>"])
-    text = architectures._text_settings(SIZE, tokenizer)
+    text = architectures.text_settings(SIZE, tokenizer)
     config = transformers.LlavaConfig(
         vision_config=architectures._clip_config(SIZE, IMAGE_SIZE),
         text_config=transformers.LlamaConfig(**text),

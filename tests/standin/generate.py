@@ -67,6 +67,8 @@ def set_up(args: argparse.Namespace) -> None:
         os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
         return
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(args.runner == "v2"))
+    # Else vLLM's sampler wants FlashInfer, which not every environment has.
+    os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     if not args.gpu:
         from standin import hopper  # noqa: F401
 
@@ -79,6 +81,9 @@ def start(args: argparse.Namespace, options: dict[str, Any]) -> Any:
     if not args.cpu:
         # The picture's attention would take FlashAttention.
         settings.setdefault("mm_encoder_attn_backend", "TORCH_SDPA")
+    if args.gpu:
+        # Several may share it: vLLM wants that much free, and takes the cache's bytes.
+        settings.setdefault("gpu_memory_utilization", 0.3)
     return LLM(args.model, **settings)
 
 

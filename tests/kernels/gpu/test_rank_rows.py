@@ -5,10 +5,9 @@ import sys
 import pytest
 import torch
 from poisoned import DEVICE, runnable
+from vllm_avl.kernels.cpu import rank_rows as rank_on_cpu
 from vllm_avl.kernels.gpu import ranking, reference
 from vllm_avl.kernels.gpu.rank_rows import rank_rows
-
-from vllm_avl.backend.selection import rank
 
 MODULE = sys.modules[rank_rows.__module__]
 
@@ -30,7 +29,9 @@ def assert_equals_reference(scores, core_scores, num_stored, num_core):
     found = rank_rows(*device, num_stored, num_core).cpu()
     assert torch.equal(found, expected)
     # The CPU's ranking: the same tokens are core, and the same are stored.
-    ours = rank(scores, core_scores, num_stored, num_core)
+    candidates, fixed = torch.arange(scores.shape[1]), torch.arange(0)
+    sizes = num_stored, num_core
+    ours = rank_on_cpu(scores, core_scores, *sizes, candidates, fixed)
     for size in (num_core, num_stored):
         assert torch.equal(ours[:, :size].sort().values, found[:, :size].sort().values)
     return found.tolist()
