@@ -9,23 +9,37 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
+from vllm_avl.compat.scheduler import received_compactions
+
 BLOCK_SIZE = 32
 
 
-def make_scheduler(kind, core, num_blocks, avl, **scheduler_config):
+def make_scheduler(
+    kind,
+    core,
+    num_blocks,
+    avl,
+    max_model_len=4096,
+    retention_interval=0,
+    **scheduler_config,
+):
     """A scheduler of class `kind` with the configuration of a running engine's core."""
-    config = copy.deepcopy(core.vllm_config)
+    config = copy.copy(core.vllm_config)
+    config.model_config = copy.copy(config.model_config)
+    config.model_config.max_model_len = max_model_len
+    config.scheduler_config = copy.copy(config.scheduler_config)
     config.additional_config = {"avl": avl}
     for name, value in scheduler_config.items():
         setattr(config.scheduler_config, name, value)
     kv_cache_config = copy.deepcopy(core.scheduler.kv_cache_config)
+    kv_cache_config.prefix_cache_retention_interval = retention_interval
     kv_cache_config.num_blocks = num_blocks
     return kind(
         vllm_config=config,
         kv_cache_config=kv_cache_config,
         structured_output_manager=core.structured_output_manager,
-        block_size=BLOCK_SIZE,
-        hash_block_size=BLOCK_SIZE,
+        block_size=core.scheduler.block_size,
+        hash_block_size=core.scheduler.hash_block_size,
         log_stats=False,
     )
 
@@ -36,7 +50,15 @@ def request(request_id, num_images, max_tokens, text=20):
     return asked(request_id, text, pictures, max_tokens)
 
 
-def asked(request_id, in_front, pictures, max_tokens, priority=0, **xargs):
+def asked(
+    request_id,
+    in_front,
+    pictures,
+    max_tokens,
+    priority=0,
+    hash_block_size=BLOCK_SIZE,
+    **xargs,
+):
     """A request; of each picture its name, its tokens and those of text behind it."""
     init_none_hash(sha256)
     features, tokens = [], [1] * in_front
@@ -60,7 +82,7 @@ def asked(request_id, in_front, pictures, max_tokens, priority=0, **xargs):
         None,
         mm_features=features,
         priority=priority,
-        block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
+        block_hasher=get_request_block_hasher(hash_block_size, sha256),
     )
 
 
@@ -78,5 +100,53 @@ def settle(scheduler, output):
     result = outputs_of(output)
     for i, request_id in enumerate(result.req_ids):
         if request_id in output.avl_partial:
+            result.sampled_token_ids[i] = []
+    scheduler.update_from_output(output, result)
+
+
+def walk_lengths(scheduler, lengths, behind, size):
+    """Let prompts of these lengths end, all queued at once; count adapted ones.
+
+    Args:
+        scheduler: made by `make_scheduler`.
+        lengths: of prompts, in tokens.
+        behind: tokens behind the one picture, cyclically.
+        size: of the picture where a prompt has room for it; else it is smaller.
+
+    Raises:
+        AssertionError: a step schedules nobody, or somebody is never done.
+    """
+    for index, length in enumerate(lengths):
+        text = min(behind[index % len(behind)], length)
+        image = min(size, length - text)
+        pictures = [(f"{image}", image, text)] if image else []
+        in_front = length - image - (text if image else 0)
+        one = asked(
+            f"{length}-{text}",
+            in_front,
+            pictures,
+            max_tokens=2,
+            hash_block_size=scheduler.hash_block_size,
+        )
+        assert one.num_prompt_tokens == length
+        scheduler.add_request(one)
+    num_adapted = 0
+    while scheduler.has_unfinished_requests():
+        output = scheduler.schedule()
+        num_adapted += len(received_compactions(output))
+        running = [
+            (r.request_id, r.num_computed_tokens)
+            for r in (*scheduler.running, *scheduler.waiting)
+        ]
+        assert output.num_scheduled_tokens, f"nobody progresses: {running[:9]}"
+        finish_step(scheduler, output)
+    return num_adapted
+
+
+def finish_step(scheduler, output):
+    """Let a step sample, but for chunks of prompts."""
+    result = outputs_of(output)
+    for i, request_id in enumerate(result.req_ids):
+        if scheduler.requests[request_id].is_prefill_chunk:
             result.sampled_token_ids[i] = []
     scheduler.update_from_output(output, result)

@@ -7,7 +7,7 @@ room for few pictures in the encoder's cache.
 import random
 
 import pytest
-from hand_driven import BLOCK_SIZE, asked, make_scheduler, outputs_of
+from hand_driven import BLOCK_SIZE, asked, finish_step, make_scheduler
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 
 from vllm_avl.compat.scheduler import AVLScheduler
@@ -105,11 +105,7 @@ def step(scheduler, whole_pictures=False):
     check_integrity(scheduler)
     check_chunks(scheduler, output, whole_pictures)
     check_references(scheduler)
-    result = outputs_of(output)
-    for i, request_id in enumerate(result.req_ids):
-        if scheduler.requests[request_id].is_prefill_chunk:
-            result.sampled_token_ids[i] = []
-    scheduler.update_from_output(output, result)
+    finish_step(scheduler, output)
 
 
 @pytest.mark.parametrize("whole_pictures", [False, True])

@@ -3,10 +3,14 @@
 Two engines a family, stock and adaptive, with a pool that several requests overfill.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import pytest
+from hand_driven import asked, finish_step, make_scheduler, walk_lengths
+from vllm.v1.core.kv_cache_utils import get_group_id
 
+from vllm_avl.compat.scheduler import AVLScheduler
 from vllm_avl.testing.engine import Ask, Engine
 
 
@@ -29,6 +33,13 @@ FAMILIES = [
     Family("pixtral", 60),
     Family("llava_onevision", 50),
     Family("gemma3", 86, ("SlidingWindowSpec", "SlidingWindowSpec", "AVLSpec")),
+    Family(
+        "gemma4",
+        64,
+        ("SlidingWindowSpec", "SlidingWindowSpec", "AVLSpec"),
+        # A video may have more tokens than a step.
+        {"limit_mm_per_prompt": {"image": 2, "video": 0}},
+    ),
     # vLLM's CPU kernels of recurrent states are for bf16 alone.
     Family(
         "qwen3_5",
@@ -180,6 +191,62 @@ def test_no_length_hangs(pair):
             asks.append(Ask((1,), "x" + "y" * length, 3, STORE))
     answers, _ = play(ours, asks)
     assert all(len(answer) == 3 for answer in answers)
+
+
+@pytest.mark.parametrize("num_batched", [300, 4096])
+@pytest.mark.parametrize("behind", [(1, 2), (31, 32, 33), (200,)])
+def test_every_length_ends(pair, num_batched, behind):
+    """On the scheduler alone, with this family's cache groups."""
+    scheduler = start_scheduler(pair[1], num_batched)
+    # A picture of four blocks frees some.
+    size = 4 * scheduler._avl_manager.block_size
+    lengths = range(1, 1201)
+    num_adapted = walk_lengths(scheduler, lengths, behind, size)
+    assert num_adapted > len(lengths) / 4
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_an_answer_is_in_no_prefix_cache(pair, adapted):
+    """Of no group: all its layers have seen less than all. A stock answer's is."""
+    # Not only what another turn may hit, vLLM's default.
+    scheduler = start_scheduler(pair[1], 4096, retention_interval=None)
+    groups = scheduler.kv_cache_manager.coordinator.single_type_managers
+    largest = max(group.block_size for group in groups)
+    one = asked(
+        "x",
+        5,
+        [("picture", 4 * largest, 40)],
+        4 * largest,
+        hash_block_size=scheduler.hash_block_size,
+        avl=int(adapted),
+    )
+    scheduler.add_request(one)
+    of_prompt = set()
+    while scheduler.has_unfinished_requests():
+        finish_step(scheduler, scheduler.schedule())
+        if one.num_output_tokens == 1:
+            of_prompt = hashes(scheduler)
+    num_more = Counter(get_group_id(each) for each in hashes(scheduler) - of_prompt)
+    assert of_prompt
+    found = [num_more[index] > 0 for index in range(len(groups))]
+    assert found == [not adapted] * len(groups)
+
+
+def hashes(scheduler):
+    blocks = scheduler.kv_cache_manager.block_pool.blocks
+    return {block.block_hash for block in blocks if block.block_hash is not None}
+
+
+def start_scheduler(engine, num_batched, **options):
+    return make_scheduler(
+        AVLScheduler,
+        engine.core,
+        3000,
+        {"vision_store_ratio": 0.3},
+        max_num_seqs=64,
+        max_num_batched_tokens=num_batched,
+        **options,
+    )
 
 
 def check_equal(engine, asks, answers, alone):

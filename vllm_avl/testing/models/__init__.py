@@ -33,11 +33,12 @@ MODELS: dict[str, Callable[[Path, ModelSize, int], None]] = {
     "mistral3": mistral.mistral3,
     "pixtral": mistral.pixtral,
     "gemma3": gemma.gemma3,
+    "gemma4": gemma.gemma4,
     "qwen3_5": qwen.qwen3_5,
 }
 HYBRID = ModelSize(hidden_size=128, num_layers=6, num_heads=2, num_kv_heads=1)
 """Two layers with full attention, and four without."""
-SIZES = {"gemma3": HYBRID, "qwen3_5": HYBRID}
+SIZES = dict.fromkeys(("gemma3", "gemma4", "qwen3_5"), HYBRID)
 """By default, of architectures for which it is not `ModelSize()`."""
 
 

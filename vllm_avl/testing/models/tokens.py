@@ -20,6 +20,7 @@ PLACEHOLDERS = {
     "mistral3": "[IMG]",
     "pixtral": "[IMG]",
     "gemma3": "<start_of_image>",
+    "gemma4": "<|image|>",
     "qwen3_5": "<|vision_start|><|image_pad|><|vision_end|>",
 }
 
