@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from vllm.v1.attention.backends import cpu_attn
 
 from vllm_avl.testing.engine import Ask
 
@@ -55,15 +54,11 @@ def test_what_is_evicted_is_nearly_what_bfloat16_evicts(engines):
 
 
 @pytest.mark.parametrize("block_size", [32, 128])
-def test_all_ratios_1_give_the_tokens_of_stocks_kernel(
-    engines, monkeypatch, block_size
-):
+def test_all_ratios_1_give_the_tokens_of_stock(engines, block_size):
     options = {"kv_cache_dtype": "fp8_e4m3", "dtype": "bfloat16"}
     options["block_size"] = block_size
     ones = dict.fromkeys(("vision_store_ratio", "vision_core_ratio"), 1.0)
     ours = engines(avl=ones | {"text_keep_ratio": 1}, **options)
-    # Stock's kernel for AMX rounds otherwise, and is never ours.
-    monkeypatch.setattr(cpu_attn, "_get_attn_isa", lambda *_: "vec")
     assert ours.ask(ASKS_OF_STOCK) == engines(avl=None, **options).ask(ASKS_OF_STOCK)
 
 
