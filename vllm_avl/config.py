@@ -171,6 +171,11 @@ class AVLConfig(BaseModel):
         )
 
     @property
+    def reads_all(self) -> bool:
+        """Whether every step reads all that is stored, and no text is evicted."""
+        return not self.has_core and self.text_keep_ratio == 1
+
+    @property
     def num_lists(self) -> int:
         """Lists of core that a server's own requests need in a layer: 2 is many."""
         if not self.has_core:

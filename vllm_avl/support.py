@@ -50,10 +50,6 @@ REFUSALS = (
         "masks); choose another model",
     ),
     Refusal(
-        lambda c: c.speculative_config is not None,
-        "does not support speculative decoding; drop --speculative-config",
-    ),
-    Refusal(
         lambda c: c.parallel_config.pipeline_parallel_size > 1,
         "does not support pipeline parallelism; drop --pipeline-parallel-size",
     ),
@@ -88,6 +84,10 @@ REFUSALS = (
         "does not support KV-sharing fast prefill; drop --kv-sharing-fast-prefill",
     ),
 )
+
+
+CACHELESS_DRAFTERS = ("ngram", "ngram_gpu", "suffix", "medusa", "custom_class")
+"""Methods of speculative decoding that draft without a KV cache of their own."""
 
 
 def refuse_platform(name: str) -> NoReturn:
@@ -141,6 +141,8 @@ def check_config(vllm_config: Any, avl_config: AVLConfig) -> None:
             raise UnsupportedError(f"{BACKEND} {refusal.sentence}, {WAY_OUT}")
     device_type = vllm_config.device_config.device_type
     _check_cache(vllm_config.cache_config.cache_dtype, device_type)
+    if vllm_config.speculative_config is not None:
+        _check_drafts(vllm_config.speculative_config.method, avl_config)
     _check_chunks(vllm_config.scheduler_config, avl_config)
 
 
@@ -153,6 +155,41 @@ def _check_cache(dtype: str, device_type: str) -> None:
             f"devices; choose one of {', '.join(caches)} with --kv-cache-dtype, "
             f"{WAY_OUT}"
         )
+
+
+def _check_drafts(method: str, avl_config: AVLConfig) -> None:
+    # A drafter's own layers would read, in a cache group of ours, what is freed.
+    if method not in CACHELESS_DRAFTERS:
+        raise UnsupportedError(
+            f"{BACKEND} does not support speculative decoding by {method!r}, which has "
+            f"a KV cache of its own or is untried; let the method in "
+            f"--speculative-config be {', '.join(CACHELESS_DRAFTERS[:-1])} or "
+            f"{CACHELESS_DRAFTERS[-1]}, {WAY_OUT}"
+        )
+    if not avl_config.reads_all:
+        raise UnsupportedError(
+            f"{BACKEND} supports speculative decoding where all that is stored is "
+            f"read: {_reading(avl_config)}; leave vision_core_ratio and "
+            f"text_keep_ratio out, drop --speculative-config, {WAY_OUT}"
+        )
+
+
+def check_drafted_request(avl_config: AVLConfig) -> None:
+    """Refuse a request's settings that a server with drafts cannot serve."""
+    if not avl_config.reads_all:
+        raise UnsupportedError(
+            "vllm_xargs: with speculative decoding all that is stored is read, and "
+            f"this request has {_reading(avl_config)}; let avl_core_ratio be the store "
+            "ratio and avl_text_keep_ratio 1, or leave both out"
+        )
+
+
+def _reading(avl_config: AVLConfig) -> str:
+    return (
+        f"vision_core_ratio = {avl_config.core_ratio!r} of vision_store_ratio = "
+        f"{avl_config.vision_store_ratio!r}, text_keep_ratio = "
+        f"{avl_config.text_keep_ratio!r}"
+    )
 
 
 def _check_chunks(scheduler_config: Any, avl_config: AVLConfig) -> None:

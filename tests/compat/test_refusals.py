@@ -6,7 +6,9 @@ from typing import get_args
 
 import pytest
 from vllm.config.cache import CacheDType
+from vllm.config.speculative import SpeculativeMethod
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -19,6 +21,7 @@ from vllm_avl.kernels.cpu.vectors import ELEMENTS
 
 from vllm_avl import support
 from vllm_avl.cache.spec import AVLSpec, our_group
+from vllm_avl.compat import overrides
 from vllm_avl.config import AVLConfig
 from vllm_avl.support import UnsupportedError
 
@@ -43,8 +46,18 @@ def start(checkpoints, **options):
     [
         ({"pipeline_parallel_size": 2}, "drop --pipeline-parallel-size"),
         (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            "drop --speculative-config",
+            {
+                "speculative_config": {"method": "ngram", "num_speculative_tokens": 2},
+                "additional_config": {"avl": {"vision_core_ratio": 0.2}},
+            },
+            "where all that is stored is read: vision_core_ratio = 0.2 of",
+        ),
+        (
+            {
+                "speculative_config": {"method": "ngram", "num_speculative_tokens": 2},
+                "additional_config": {"avl": {"text_keep_ratio": 0.7}},
+            },
+            "leave vision_core_ratio and text_keep_ratio out, drop --speculative",
         ),
         ({"kv_offloading_size": 1}, "drop --kv-transfer-config and KV offloading"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "does not support a KV cache of fp8_e5m2"),
@@ -130,13 +143,69 @@ def test_the_supported_configuration_starts():
     support.check_config(settings(), AVLConfig())
 
 
+def drafting(method):
+    return settings(speculative_config=SimpleNamespace(method=method))
+
+
+METHODS = {
+    name for part in get_args(SpeculativeMethod) for name in (get_args(part) or (part,))
+}
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_drafters_go_by_whether_they_have_a_cache(method):
+    if method in support.CACHELESS_DRAFTERS:
+        support.check_config(drafting(method), AVLConfig())
+        return
+    with pytest.raises(UnsupportedError, match=f"speculative decoding by '{method}'"):
+        support.check_config(drafting(method), AVLConfig())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"vision_core_ratio": 0.5},
+        {"vision_core_ratio": 0.2, "core_refresh_interval": 0},
+    ],
+)
+def test_drafts_where_all_that_is_stored_is_read(settings):
+    support.check_config(drafting("ngram"), AVLConfig(**settings))
+
+
+def test_drafters_of_this_vllm_are_known():
+    assert set(support.CACHELESS_DRAFTERS) < METHODS
+
+
+def served(**options):
+    drafts = SimpleNamespace(method="ngram")
+    return SimpleNamespace(
+        additional_config={"avl": options}, speculative_config=drafts
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "xargs", "named"),
+    [
+        ({}, {"avl_core_ratio": 0.2}, "vision_core_ratio = 0.2 of vision_store_ratio"),
+        ({}, {"avl_text_keep_ratio": 0.7}, "text_keep_ratio = 0.7; let avl_core"),
+        ({"vision_core_ratio": 0.5}, {"avl_store_ratio": 0.9}, "= 0.5 of vision_st"),
+    ],
+)
+def test_a_request_to_a_server_with_drafts_reads_all(options, xargs, named):
+    with pytest.raises(VLLMValidationError, match=named):
+        overrides.check(served(**options), xargs)
+    overrides.check(served(**options), xargs | {"avl": 0})
+    overrides.check(served(**options), {"avl_store_ratio": 0.5})
+    overrides.check(served(**options), {"avl_preset": "lean", "avl_core_ratio": 0.45})
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"model_config__use_mla": True}, "multi-head latent attention"),
         ({"model_config__is_encoder_decoder": True}, "cross attention"),
         ({"model_config__is_mm_prefix_lm": True}, "prefix-LM"),
-        ({"speculative_config": 1}, "--speculative-config"),
         ({"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
         (
             {"parallel_config__decode_context_parallel_size": 2},
@@ -178,7 +247,7 @@ def test_each_refusal(change, named):
 
 
 def test_every_refusal_of_the_table_has_a_case():
-    assert len(support.REFUSALS) == 11
+    assert len(support.REFUSALS) == 10
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -10,6 +10,7 @@ from collections import Counter
 from functools import cache
 
 import pytest
+from sequences import play
 
 from vllm_avl.testing import models
 from vllm_avl.testing.engine import Ask, Engine
@@ -96,7 +97,7 @@ def test_random_sequences(start, expected, num_blocks, cached):
     aborted = finished = 0
     for seed in range(NUM_SEQUENCES):
         replayed.clear()
-        asked, answers, dropped = play(engine, random.Random(seed))
+        asked, answers, dropped = play(engine, random.Random(seed), QUESTIONS)
         for request_id, tokens in answers.items():
             ask = asked[request_id]
             # A replay of core and text is defined otherwise: test_replay.py has it.
@@ -135,30 +136,3 @@ def watch_targets(manager, kinds):
 
 def selects(ask):
     return {"avl_core_ratio", "avl_text_keep_ratio"} & dict(ask.xargs).keys()
-
-
-def play(engine, rng):
-    """Play one random sequence; return what was asked, answered and aborted."""
-    if rng.random() < 0.3:
-        engine.llm.reset_prefix_cache()
-    asked, answers, dropped = {}, {}, set()
-    arrivals = sorted(rng.randrange(12) for _ in range(rng.randint(2, 6)))
-    step = 0
-    while arrivals or len(answers) + len(dropped) < len(asked):
-        while arrivals and arrivals[0] <= step:
-            arrivals.pop(0)
-            request_id = f"{len(asked)}"
-            asked[request_id] = rng.choice(QUESTIONS)
-            engine.add(request_id, asked[request_id])
-        live = sorted(set(asked) - set(answers) - dropped)
-        if live and rng.random() < 0.03:
-            victim = rng.choice(live)
-            dropped.add(victim)
-            engine.abort(victim)
-        engine.poison_free_blocks()
-        answers |= {k: v for k, v in engine.step().items() if k not in dropped}
-        engine.check_integrity()
-        step += 1
-    engine.step()
-    engine.check_integrity()
-    return asked, answers, dropped

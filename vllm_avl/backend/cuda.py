@@ -83,6 +83,7 @@ class CUDAMetadataBuilder(AttentionMetadataBuilder[Any]):
         check_spec(kv_cache_spec, AVLSpec)
         check_layer_names(layer_names)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._decode_len = 1 + vllm_config.num_speculative_tokens
         modes = vllm_config.compilation_config.cudagraph_mode
         self._has_full_graphs = modes.has_full_cudagraphs()
         self._max_num_seqs = vllm_config.scheduler_config.max_num_seqs
@@ -96,6 +97,15 @@ class CUDAMetadataBuilder(AttentionMetadataBuilder[Any]):
         self._seq_lens = torch.zeros(
             self._max_num_seqs, dtype=torch.int32, device=device
         )
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: Any
+    ) -> AttentionCGSupport:
+        """Return which steps full graphs may be for; with drafts none lists core."""
+        if vllm_config.speculative_config is not None:
+            return AttentionCGSupport.UNIFORM_BATCH
+        return cls._cudagraph_support
 
     def _new_lists(self, num_lists: int) -> CoreLists:
         """Return lists of core: for 1, all KV heads have the same."""
@@ -130,7 +140,9 @@ class CUDAMetadataBuilder(AttentionMetadataBuilder[Any]):
         """Build the metadata; tables of decode steps go where graphs read them."""
         common, step = common_attn_metadata, current_step()
         rows = None if step is None else step.rows(common)
-        in_graph = self._has_full_graphs and common.max_query_len == 1
+        # Any step that could be one: drafts may be fewer than asked for.
+        is_decode = common.max_query_len <= self._decode_len
+        in_graph = self._has_full_graphs and is_decode
         if rows is None and not in_graph:
             return super().build(common_prefix_len, common, fast_build)
         stored = self._stored(common, rows, keep=in_graph)

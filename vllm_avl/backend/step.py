@@ -76,6 +76,17 @@ class WorkerRequests:
             self.running[request_id] = state
             self._seat_of[request_id] = state.seat
 
+    def take_back(self, rejected: Mapping[str, int]) -> None:
+        """Let requests be shorter again by the drafts that were not accepted.
+
+        Args:
+            rejected: tokens of the last step, by request id.
+        """
+        for request_id, num_tokens in rejected.items():
+            seat = self._seat_of.get(request_id)
+            if seat is not None:
+                self.seats.records["num_tokens"][seat] -= num_tokens
+
     def _drop(self, request_id: str) -> RequestState | None:
         state = self.running.pop(request_id, None)
         if state is not None:

@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 
 from vllm_avl.config import AVLConfig, parse_config, parse_overrides
+from vllm_avl.support import check_drafted_request
 
 
 def check(vllm_config: VllmConfig, xargs: Mapping[str, Any] | None) -> AVLConfig:
@@ -19,7 +20,10 @@ def check(vllm_config: VllmConfig, xargs: Mapping[str, Any] | None) -> AVLConfig
     """
     config = parse_config(vllm_config.additional_config)
     try:
-        parse_overrides(xargs).apply(config)
+        overrides = parse_overrides(xargs)
+        settings = overrides.apply(config)
+        if overrides.avl and vllm_config.speculative_config is not None:
+            check_drafted_request(settings)
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
     return config

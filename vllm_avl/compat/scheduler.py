@@ -102,10 +102,11 @@ class _Adaptive(Scheduler):
         for request_id in output.finished_req_ids:
             self._avl_decisions.pop(request_id, None)
         if self._avl_steps_in_flight:
-            # The next step may want a block of each group for each request before
-            # this one has settled.
-            num_spare = len(self.running) * len(self._avl_groups)
-            self._avl_manager.num_spare = num_spare
+            # The next step may want blocks of each group for each request before
+            # this one has settled: one, or as many as drafts fill.
+            step = 1 + self.num_spec_tokens
+            spare = sum(-(-step // group.block_size) for group in self._avl_groups)
+            self._avl_manager.num_spare = len(self.running) * spare
         compactions = self._avl_manager.take_compactions(output.num_scheduled_tokens)
         if compactions:
             send_compactions(output, compactions)

@@ -5,13 +5,13 @@ The CPU worker is one too; `cpu_worker` adds what it needs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.outputs import AsyncModelRunnerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_avl.backend.introspection import (
@@ -37,6 +37,7 @@ class AVLWorker(Worker):
         worker_patches.apply_all()
         super().__init__(*args, **kwargs)
         self._avl_requests = WorkerRequests()
+        self._avl_num_drafts: dict[str, int] = {}
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Refuse cache groups that are not ours, then allocate."""
@@ -71,6 +72,8 @@ class AVLWorker(Worker):
             output = super().execute_model(scheduler_output)
         if step is not None:
             step.end()
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        self._avl_num_drafts = {name: len(tokens) for name, tokens in drafts.items()}
         return output
 
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -78,7 +81,12 @@ class AVLWorker(Worker):
         output = super().sample_tokens(grammar_output)
         counts = self._avl_requests.counts.take()
         if isinstance(output, AsyncModelRunnerOutput):
+            # What it rejects is known behind the next step only, and reports of
+            # lengths are that much too long for as long.
             return CountedOutput(output, counts)
+        if self._avl_num_drafts and output is not None:
+            rejected = rejected_drafts(output, self._avl_num_drafts)
+            self._avl_requests.take_back(rejected)
         if counts:
             attach_counts(output, counts)
         return output
@@ -104,6 +112,23 @@ class AVLWorker(Worker):
         """Return what a running or remembered request stores on this rank."""
         state = self._avl_requests.find(request_id)
         return None if state is None else report(request_id, state)
+
+
+def rejected_drafts(
+    output: ModelRunnerOutput, num_drafts: Mapping[str, int]
+) -> dict[str, int]:
+    """Drafts that a step has not accepted, by request id.
+
+    Args:
+        output: of the step: accepted drafts, and the token behind them.
+        num_drafts: of the step, by request id.
+    """
+    sampled = output.sampled_token_ids
+    return {
+        name: max(count + 1 - len(sampled[output.req_id_to_index[name]]), 0)
+        for name, count in num_drafts.items()
+        if name in output.req_id_to_index
+    }
 
 
 def computed_tokens(scheduler_output: SchedulerOutput) -> dict[str, int]:

@@ -1,0 +1,177 @@
+"""With drafts the tokens are those without: whatever is accepted, shared or dropped."""
+
+import random
+
+import pytest
+from scripted_drafts import CONFIG, Scripted
+from sequences import play
+
+from vllm_avl.testing import models
+from vllm_avl.testing.engine import Ask, Engine
+
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 4,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 3,
+}
+FIRST_TURN = "What do you see? At length."
+SETTINGS = (
+    (),
+    (("avl", 0),),
+    (("avl_store_ratio", 0.2),),
+    (("avl_store_ratio", 1),),
+    (("avl_policy", "h2o"), ("avl_store_ratio", 0.3)),
+    (("avl_policy", "snapkv"), ("avl_preset", "lean")),
+)
+QUESTIONS = [
+    Ask(images, text, length, xargs, prefix)
+    for images in ((), (1,), (1, 3))
+    for text, length in (
+        ("Why?", 3),
+        (FIRST_TURN, 60),
+        (FIRST_TURN + " A lot. And then, what of it?", 40),
+    )
+    for xargs in SETTINGS
+    for prefix in ("", "A system prompt that is longer than a block of tokens. ")
+]
+SIZE = models.ModelSize(
+    hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_size=32
+)
+NUM_BLOCKS = 43
+"""The longest stock request takes 41 of them."""
+NUM_SEQUENCES = 40
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Start engines over one small checkpoint with so many blocks."""
+    checkpoint = models.build("llava", tmp_path_factory.mktemp("tiny") / "llava", SIZE)
+    engines = []
+
+    def start(num_blocks=60, **options):
+        defaults = {
+            # 512 bytes a token, and the null block.
+            "kv_cache_memory_bytes": (num_blocks + 1) * 32 * 512,
+            "max_model_len": 1370,
+            "max_num_seqs": 6,
+            "max_num_batched_tokens": 500,
+        }
+        engines.append(Engine(checkpoint, **(defaults | options)))
+        return engines[-1]
+
+    yield start
+    for engine in engines:
+        engine.shutdown()
+
+
+@pytest.fixture(scope="module")
+def expected(start):
+    """What an engine without drafts answers; the scripted drafter is taught it."""
+    engine = start()
+    answers = {}
+    for ask in QUESTIONS:
+        answers[ask] = engine.alone(ask)
+        teach(engine, ask, answers[ask])
+    return answers
+
+
+def teach(engine, ask, answer):
+    (output,) = engine.llm.generate(
+        [engine.prompt(ask)], [ask.params(max_tokens=1)], use_tqdm=False
+    )
+    Scripted.teach(output.prompt_token_ids, answer)
+
+
+@pytest.mark.parametrize("drafts", [CONFIG, NGRAM], ids=lambda c: c["method"])
+def test_random_sequences(start, expected, drafts):
+    engine = start(NUM_BLOCKS, speculative_config=drafts)
+    preempted, original = set(), engine.scheduler._preempt_request
+
+    def preempt(request, *args, **kwargs):
+        preempted.add(request.request_id)
+        return original(request, *args, **kwargs)
+
+    engine.scheduler._preempt_request = preempt
+    num_before = Scripted.num_drafts, Scripted.num_accepted
+    num_aborted = 0
+    for seed in range(NUM_SEQUENCES):
+        asked, answers, dropped = play(engine, random.Random(seed), QUESTIONS)
+        for request_id, tokens in answers.items():
+            assert tokens == expected[asked[request_id]], (seed, asked[request_id])
+        assert set(answers) | dropped == set(asked)
+        num_aborted += len(dropped)
+        pool = engine.scheduler.kv_cache_manager.block_pool
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, seed
+    assert min(len(preempted), num_aborted) > 3, "the sequences are too tame"
+    if drafts is CONFIG:
+        num_drafts = Scripted.num_drafts - num_before[0]
+        share = (Scripted.num_accepted - num_before[1]) / num_drafts
+        assert num_drafts > 1000
+        assert 0.2 < share < 0.8, "all drafts are right, or all are wrong"
+
+
+def test_everything_stored_is_stock_with_drafts(start, expected):
+    asks = QUESTIONS[2 : len(QUESTIONS) : 5]
+    everything = {"avl": {"vision_store_ratio": 1}, "speculative_config": NGRAM}
+    stock = start(avl=None, speculative_config=NGRAM)
+    plain = [Ask(a.images, a.text, a.max_tokens, (), a.prefix) for a in asks]
+    assert start(**everything).ask(plain) == stock.ask(plain)
+
+
+@pytest.mark.parametrize("rest", range(4))
+def test_what_is_left_of_a_hit_prompt_is_never_one_padded_token(
+    start, expected, one_row, rest
+):
+    """VLLM pads a lone last token to 1 + k; a chunk that was cut then kills it."""
+    plain, drafting = one_row
+    length = prompt_length(plain, "")
+    text = "w" * ((rest - length) % 32)
+    ask = Ask((1,), text, 12)
+    assert prompt_length(plain, text) % 32 == rest
+    wanted = plain.alone(ask)
+    drafting.llm.reset_prefix_cache()
+    drafting.add("running", Ask((), "Something else.", 60))
+    stock = Ask((1,), text, 12, (("avl", 0),))
+    wanted_of_stock = plain.alone(stock)
+    for index, (one, tokens) in enumerate(
+        [(ask, wanted), (stock, wanted_of_stock), (ask, wanted)]
+    ):
+        drafting.add(f"{index}", one)
+        answers = {}
+        while f"{index}" not in answers:
+            answers |= drafting.step()
+        assert answers[f"{index}"] == tokens
+        drafting.check_integrity()
+    while drafting.llm.llm_engine.has_unfinished_requests():
+        drafting.step()
+
+
+@pytest.fixture(scope="module")
+def one_row(start):
+    """Engines whose prompts are scored by their last row, without and with drafts."""
+    avl = {"observation_window": 1}
+    return start(avl=avl), start(avl=avl, speculative_config=NGRAM)
+
+
+def prompt_length(engine, text):
+    (output,) = engine.llm.generate(
+        [engine.prompt(Ask((1,), text))], [Ask().params(max_tokens=1)], use_tqdm=False
+    )
+    return len(output.prompt_token_ids)
+
+
+def test_a_report_counts_no_rejected_drafts(start, expected):
+    engine = start(speculative_config=CONFIG)
+    ask = next(a for a in QUESTIONS if a.images and not a.xargs and a.max_tokens > 40)
+    engine.add("one", ask)
+    lengths = set()
+    while engine.llm.llm_engine.has_unfinished_requests():
+        engine.step()
+        for request in engine.scheduler.running:
+            args = (request.request_id,)
+            (report,) = engine.llm.collective_rpc("avl_report", args=args)
+            if report is not None:
+                assert report.num_tokens == request.num_computed_tokens
+                lengths.add(report.num_tokens)
+    assert len(lengths) > 10
