@@ -30,6 +30,9 @@ class Refusal:
     sentence: str
 
 
+CONNECTORS = ("ExampleConnector",)
+"""KV connectors that load and save within a step, and were run beside us."""
+
 REFUSALS = (
     Refusal(
         lambda c: c.model_config.use_mla,
@@ -68,8 +71,25 @@ REFUSALS = (
         "does not support micro-batching; drop --enable-dbo and --ubatch-size",
     ),
     Refusal(
-        lambda c: c.kv_transfer_config is not None or c.cache_config.kv_offloading_size,
-        "does not support KV connectors; drop --kv-transfer-config and KV offloading",
+        # vLLM's stores a block a step late, and waits at the request's end only.
+        lambda c: c.cache_config.kv_offloading_size,
+        "does not support KV offloading, which may read blocks that were given back; "
+        "drop --kv-offloading-size",
+    ),
+    Refusal(
+        lambda c: (
+            c.kv_transfer_config is not None
+            and (
+                c.kv_transfer_config.kv_connector not in CONNECTORS
+                or c.kv_transfer_config.kv_connector_module_path is not None
+            )
+        ),
+        "supports no KV connector but ExampleConnector yet; drop --kv-transfer-config",
+    ),
+    Refusal(
+        lambda c: c.kv_transfer_config is not None and c.speculative_config is not None,
+        "does not support KV connectors and speculative decoding together; drop "
+        "--kv-transfer-config or --speculative-config",
     ),
     Refusal(
         lambda c: (

@@ -59,7 +59,7 @@ def start(checkpoints, **options):
             },
             "leave vision_core_ratio and text_keep_ratio out, drop --speculative",
         ),
-        ({"kv_offloading_size": 1}, "drop --kv-transfer-config and KV offloading"),
+        ({"kv_offloading_size": 1}, "drop --kv-offloading-size"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "does not support a KV cache of fp8_e5m2"),
         ({"scheduler_cls": "my.Scheduler"}, "drop --scheduler-cls"),
         ({"worker_cls": "my.Worker"}, "drop --worker-cls"),
@@ -139,8 +139,14 @@ def settings(**changes):
     )
 
 
+def connecting(name, module=None):
+    named = SimpleNamespace(kv_connector=name, kv_connector_module_path=module)
+    return {"kv_transfer_config": named}
+
+
 def test_the_supported_configuration_starts():
     support.check_config(settings(), AVLConfig())
+    support.check_config(settings(**connecting("ExampleConnector")), AVLConfig())
 
 
 def drafting(method):
@@ -216,7 +222,13 @@ def test_a_request_to_a_server_with_drafts_reads_all(options, xargs, named):
             "--prefill-context-parallel-size",
         ),
         ({"parallel_config__use_ubatching": True}, "--enable-dbo"),
-        ({"kv_transfer_config": 1}, "--kv-transfer-config"),
+        (connecting("NixlConnector"), "but ExampleConnector yet; drop --kv-transfer"),
+        (connecting("ExampleConnector", "mine"), "--kv-transfer-config"),
+        (
+            connecting("ExampleConnector")
+            | {"speculative_config": SimpleNamespace(method="ngram")},
+            "drop --kv-transfer-config or --speculative-config",
+        ),
         ({"cache_config__kv_offloading_size": 1}, "KV offloading"),
         (
             {
@@ -247,7 +259,7 @@ def test_each_refusal(change, named):
 
 
 def test_every_refusal_of_the_table_has_a_case():
-    assert len(support.REFUSALS) == 10
+    assert len(support.REFUSALS) == 12
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -53,6 +53,9 @@ class AVLManager(FullAttentionManager):
         self.copies_shared = False
         """Whether a block may not be shared although nobody writes it: the worker
         keeps what it knows of a row by the row's place in the pool."""
+        self.writes_prompts = True
+        """Whether kept rows may take the place of a prompt's; not where somebody reads
+        its blocks behind our back."""
         self._ending: list[str] = []
         """Requests whose prompt ends in the step that is being scheduled."""
 
@@ -218,8 +221,14 @@ class AVLManager(FullAttentionManager):
         num_shared = sum(shared[: plan.num_full_blocks])
         if not plan.moves_rows:
             return num_shared if self.copies_shared else 0
-        num_own = plan.num_full_blocks - num_shared
+        num_own = plan.num_full_blocks - num_shared if self.writes_prompts else 0
         return max(plan.num_stored_blocks - num_own, 0)
+
+    def num_at_once(self, plan: Plan) -> int:
+        """Blocks that a request alone needs at its prompt's end."""
+        own = [False] * plan.num_full_blocks
+        prompt = -(-plan.num_prompt_tokens // plan.block_size)
+        return prompt + self._num_needed(plan, own)
 
     def _num_lacking(self, request_id: str, hits: Collection[int]) -> int:
         """Private blocks that an ending request lacks once others hold `hits`, too."""

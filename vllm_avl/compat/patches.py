@@ -54,6 +54,13 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         Scheduler,
+        "_mark_prefix_replay",
+        ("self", "request", "num_hit_tokens", "window_loaded"),
+        "where a hit of a connector may be cut: it reaches new requests and loaded "
+        "ones",
+    ),
+    Seam(
+        Scheduler,
         "schedule",
         ("self", "throttle_prefills"),
         "the step's message",

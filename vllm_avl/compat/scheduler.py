@@ -52,6 +52,8 @@ class _Adaptive(Scheduler):
         share_prompts_only(self.kv_cache_manager.coordinator, manager)
         # Kernels find what they know of a row by its place in the pool.
         manager.copies_shared = current_platform.is_cuda()
+        # It saves what lies there when the layers have run.
+        manager.writes_prompts = self.connector is None
         self._avl_pressure = Pressure(self._avl_config)
         self._avl_decisions: dict[str, Plan | Stock] = {}
         settings = describe_settings(self._avl_config)
@@ -90,6 +92,17 @@ class _Adaptive(Scheduler):
             encoder_compute_budget,
             shift_computed_tokens,
         )
+
+    def _mark_prefix_replay(
+        self, request: Request, num_hit_tokens: int, window_loaded: bool
+    ) -> int:
+        # A connector may bring the rows that score: they are computed again.
+        replayed = super()._mark_prefix_replay(request, num_hit_tokens, window_loaded)
+        plan = self._avl_manager.plan_of(request.request_id)
+        if plan is None:
+            return replayed
+        most = plan.num_prompt_tokens - plan.last_chunk
+        return max(replayed, num_hit_tokens - most)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         output = super().schedule(throttle_prefills)
@@ -164,6 +177,8 @@ class _Adaptive(Scheduler):
             wanted = self._blocks_wanted(request)
             if not self._avl_pressure.update(held, wanted, num_blocks):
                 decision = Stock.NO_PRESSURE
+            elif manager.num_at_once(decision) > num_blocks:
+                decision = Stock.NO_ROOM
         self._avl_decisions[request.request_id] = decision
         return decision
 

@@ -1,7 +1,7 @@
 """Carries what the scheduler counts to the front end's /metrics and log.
 
 `SchedulerStats` has no field for a plug-in. The message travels in the one for KV
-connectors, which are refused beside us, and is taken out before anybody else looks.
+connectors, beside what a connector reports, and is taken out before anybody else looks.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
+from vllm_avl.compat.borrowed import put_into, take_from
 from vllm_avl.compat.platform import is_chosen
 from vllm_avl.metrics import collectors
 from vllm_avl.metrics.collectors import Message
 from vllm_avl.metrics.pool import POOL
 from vllm_avl.metrics.summary import Summary
 
-FIELD = "avl"
 SECONDS_BETWEEN_LINES = 60.0
 
 logger = logging.getLogger("vllm.avl")
@@ -30,16 +30,13 @@ logger = logging.getLogger("vllm.avl")
 
 def send(stats: SchedulerStats, message: Message) -> None:
     """Put a message into an engine's statistics."""
-    stats.kv_connector_stats = {FIELD: vars(message)}
+    stats.kv_connector_stats = put_into(stats.kv_connector_stats, vars(message))
 
 
 def receive(stats: SchedulerStats) -> Message | None:
     """Take the message out of an engine's statistics."""
-    carried = stats.kv_connector_stats
-    if carried is None or FIELD not in carried:
-        return None
-    stats.kv_connector_stats = None
-    return Message(**carried[FIELD])
+    ours, stats.kv_connector_stats = take_from(stats.kv_connector_stats)
+    return None if ours is None else Message(**ours)
 
 
 class AVLStatLogger(AggregateStatLoggerBase):

@@ -19,6 +19,7 @@ class Stock(StrEnum):
     POLICY_FULL = "policy_full"
     NOTHING_TO_SAVE = "nothing_to_save"
     NO_PRESSURE = "no_pressure"
+    NO_ROOM = "no_room"
 
 
 class Stage(StrEnum):
@@ -55,7 +56,8 @@ COUNTERS = (
         "Requests served exactly as stock. reason: pooling, one_token (max_tokens 1), "
         "streaming_input, off (avl 0, or several answers), no_vision, policy_full, "
         "nothing_to_save (too few vision tokens for these ratios), no_pressure "
-        "(engage: pressure, and the pool has room).",
+        "(engage: pressure, and the pool has room), no_room (a KV connector reads the "
+        "prompt's blocks, and the pool has none beside them).",
         Stock,
     ),
     Metric(

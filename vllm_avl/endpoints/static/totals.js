@@ -13,6 +13,7 @@ const REASONS = {
   pooling: "pooling",
   streaming_input: "streaming input",
   no_pressure: "the pool had room",
+  no_room: "no room beside a KV connector",
 };
 
 let drawn = "";
