@@ -19,6 +19,8 @@ from vllm_avl.testing.server import Server
 
 NUM_CLIENTS = 6
 NUM_TOKENS = 1500
+SECONDS_IN = 0.5
+"""Until a process is killed, when the first answer has begun."""
 LIMIT_SECONDS = 120.0
 ORPHAN_SECONDS = 30.0
 
@@ -38,6 +40,7 @@ def kill(server: Server, title: str, ledger: Ledger) -> None:
     ]
     # A fast server has answered everybody before /metrics says that it is at it.
     begun.wait(LIMIT_SECONDS)
+    time.sleep(SECONDS_IN)
     start = time.monotonic()
     victim.send_signal(signal.SIGKILL)
     _check_clients(clients, start, ledger)

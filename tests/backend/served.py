@@ -75,7 +75,7 @@ class OnCPU:
         # As the back end does: a new one in every step.
         self.cache = self.new_cache()
         starts = torch.tensor([0, len(query)], dtype=torch.int32)
-        ours = _attended(rows, stored, seq_lens, starts)
+        ours = _attended(rows, stored, seq_lens.numpy(), starts)
         if ours is not None:
             self.cache.attend(query, ours.rows, ours.masks(1), output)
         return ours is not None

@@ -1,5 +1,7 @@
 """What the back ends on CUDA say of themselves, whatever they are over."""
 
+from types import SimpleNamespace
+
 import pytest
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionCGSupport
@@ -17,8 +19,13 @@ def test_ours_come_before_vllms(base):
     builder = backend.get_builder_cls()
     assert issubclass(builder, theirs.get_builder_cls())
     # A step with work for Python may be any mixed batch.
-    support = builder.get_cudagraph_support(None, None)
-    assert support is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    for drafts, graphs in (
+        (None, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
+        # Then no step lists core.
+        ("ngram", AttentionCGSupport.UNIFORM_BATCH),
+    ):
+        config = SimpleNamespace(speculative_config=drafts)
+        assert builder.get_cudagraph_support(config, None) is graphs
     assert not builder.supports_update_block_table
     for refused in ("sink", "rswa", "sliding_window", "mm_prefix"):
         assert not getattr(backend, f"supports_{refused}")()

@@ -13,6 +13,7 @@ from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     RSWASpec,
     SlidingWindowSpec,
@@ -360,6 +361,11 @@ def test_cache_groups():
     for config, named in (
         (groups_of(ours, plain), "a FullAttentionSpec group"),
         (groups_of(ours, spec(RSWASpec, rswa_window=64)), "a RSWASpec group"),
+        # Llama 4's.
+        (
+            groups_of(spec(ChunkedLocalAttentionSpec, attention_chunk_size=64), ours),
+            "a ChunkedLocalAttentionSpec group",
+        ),
         (groups_of(window), "and this one has 0"),
         (groups_of(ours, window, ours), "and this one has 2"),
         (groups_of(), "and this one has 0"),

@@ -27,7 +27,7 @@ def test_blocks_held_agree_with_vllms_own_metric_under_load(server):
     looks = 0
     with ThreadPoolExecutor(4) as pool:
         answers = [
-            pool.submit(ask, server, seed % 5, max_tokens=60 + 20 * (seed % 3))
+            pool.submit(ask, server, seed % 5, max_tokens=240 + 80 * (seed % 3))
             for seed in range(12)
         ]
         while not all(answer.done() for answer in answers):

@@ -17,12 +17,19 @@ CASES = {
         "preset, policy, vision_store_ratio",
     ),
     "speculative": (
-        json_option(
-            "--speculative-config",
-            {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3},
+        (
+            *json_option(
+                "--speculative-config",
+                {
+                    "method": "ngram",
+                    "num_speculative_tokens": 2,
+                    "prompt_lookup_max": 3,
+                },
+            ),
+            *json_option("--additional-config", {"avl": {"vision_core_ratio": 0.2}}),
         ),
-        "--attention-backend avl does not support speculative decoding; drop "
-        "--speculative-config, or start without --attention-backend avl",
+        "--attention-backend avl supports speculative decoding where all that is "
+        "stored is read: vision_core_ratio = 0.2 of vision_store_ratio = 0.5",
     ),
 }
 LAST_LINES = 4
