@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,8 +18,6 @@ from vllm_avl.testing.server import Server
 
 NUM_CLIENTS = 6
 NUM_TOKENS = 1500
-SECONDS_IN = 0.5
-"""Until a process is killed, when the first answer has begun."""
 LIMIT_SECONDS = 120.0
 ORPHAN_SECONDS = 30.0
 
@@ -33,14 +30,12 @@ def kill(server: Server, title: str, ledger: Ledger) -> None:
     ledger.count("faults")
     all_processes = processes(server)
     victim = named(server, title)
-    pool, begun = ThreadPoolExecutor(NUM_CLIENTS), threading.Event()
+    pool = ThreadPoolExecutor(NUM_CLIENTS)
     clients = [
-        pool.submit(_ask, server, picture, begun, stream=picture % 2 == 0)
+        pool.submit(_ask, server, picture, stream=picture % 2 == 0)
         for picture in range(NUM_CLIENTS)
     ]
-    # A fast server has answered everybody before /metrics says that it is at it.
-    begun.wait(LIMIT_SECONDS)
-    time.sleep(SECONDS_IN)
+    _until(lambda: server.metric("vllm:num_requests_running") >= 2, LIMIT_SECONDS)
     start = time.monotonic()
     victim.send_signal(signal.SIGKILL)
     _check_clients(clients, start, ledger)
@@ -55,19 +50,13 @@ def kill(server: Server, title: str, ledger: Ledger) -> None:
     ledger.check(not orphans, f"{title} killed: no process is left, not {orphans}")
 
 
-def _ask(server: Server, picture: int, begun: threading.Event, *, stream: bool) -> str:
-    """Ask for an answer too long to finish; return the error that came instead.
-
-    Sets `begun` when the answer's first tokens have come, where it is streamed.
-    """
+def _ask(server: Server, picture: int, *, stream: bool) -> str:
+    """Ask for an answer too long to finish; return the error that came instead."""
     question = body(server, [picture], max_tokens=NUM_TOKENS, stream=stream)
     url = f"{server.url}/v1/chat/completions"
     try:
         with server.http.stream("POST", url, json=question, timeout=600) as answer:
-            text = ""
-            for piece in answer.iter_text():
-                text += piece
-                begun.set()
+            text = "".join(answer.iter_text())
     except httpx.HTTPError as error:
         return repr(error)
     if answer.status_code == 200 and '"error"' not in text:
