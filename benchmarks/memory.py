@@ -21,6 +21,7 @@ from engines import Engine, Request, requests, store
 from report import append_rows, machine, print_heading, print_table
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
+from vllm_avl.kernels.cpu import threads
 
 from vllm_avl.testing.models import ModelSize
 
@@ -130,6 +131,8 @@ def profiled_compactions() -> Iterator[list[tuple[int, int]]]:
 
     def profiled(layer: Layer, task: Any, *args: Any) -> None:
         plan = task.state.plan
+        # Else only the first layer would be seen to need it.
+        threads.drop_scratch()
         transient = peak_bytes(lambda: perform(layer, task, *args))
         calls.append((transient, plan.num_stored_blocks * plan.block_size))
 

@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from vllm_avl.kernels.cpu.pairs import LINE, PAIRS
+from vllm_avl.kernels.cpu.pairs import LINE, PAIRS, call
 from vllm_avl.kernels.cpu.softmax import STEP
 from vllm_avl.kernels.cpu.threads import compiled, copy_element, read, write
 from vllm_avl.kernels.cpu.tiles import PART, TILE
@@ -63,9 +63,7 @@ _BYTE, _LONG = ir.IntType(8), ir.IntType(64)
 
 
 def _call(builder: Any, name: str, *arguments: Any) -> None:
-    kind = ir.FunctionType(ir.VoidType(), [each.type for each in arguments])
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}")
-    builder.call(function, arguments)
+    call(builder, f"llvm.x86.{name}", ir.VoidType(), arguments)
 
 
 def _load(builder: Any, register: int, address: Any, step: Any) -> None:

@@ -29,6 +29,7 @@ from vllm_avl.kernels.cpu.tiles import (
     PART,
     TILE,
     build_sums,
+    clear_sums,
     for_rows,
     load_sums,
     rows_at_once,
@@ -37,7 +38,6 @@ from vllm_avl.kernels.cpu.tiles import (
 from vllm_avl.kernels.cpu.vectors import (
     LANES,
     bfloats_from,
-    constant,
     offset,
     pointer_at,
     prefetch_at,
@@ -57,6 +57,12 @@ _WORDS = ir.VectorType(_WORD, 16)
 
 def _vector_bytes(element: Any) -> Any:
     return _LONG(VECTOR * element.bitwidth // 8)
+
+
+def _all_lanes(builder: Any, word: Any) -> Any:
+    empty = ir.Constant(_WORDS, ir.Undefined)
+    first = builder.insert_element(empty, word, _WORD(0))
+    return builder.shuffle_vector(first, first, ir.Constant(_WORDS, [0] * 16))
 
 
 @intrinsic
@@ -83,9 +89,7 @@ def _dot_packed(
 
         def build(rows: int) -> None:
             sums = build_sums(builder, rows, TILE // LANES)
-            for of_row in sums:
-                for place in of_row:
-                    builder.store(constant(0.0), place)
+            clear_sums(builder, sums)
             with cgutils.for_range(builder, num_pairs) as loop:
                 step = builder.mul(loop.index, num_bytes)
                 pairs = []
@@ -153,11 +157,7 @@ def _add_packed(
                 for at in vectors_at(builder.add(loop.index, _LONG(AHEAD // 2))):
                     prefetch_at(builder, at)
                 bits = builder.trunc(entry(loop.index, 2), _WORD)
-                one = builder.insert_element(
-                    ir.Constant(_WORDS, ir.Undefined), bits, _WORD(0)
-                )
-                zeros = ir.Constant(_WORDS, [0] * LANES)
-                bits = builder.shuffle_vector(one, one, zeros)
+                bits = _all_lanes(builder, bits)
                 # Of a pair that is read by half, the other may be anything.
                 pairs = []
                 for at in vectors_at(loop.index):
@@ -355,15 +355,13 @@ def _merge(
         if LANES != 16:
             return context.get_dummy_value()
 
-        def all_lanes(number: Any) -> Any:
-            bits = builder.trunc(number, _WORD)
-            empty = ir.Constant(_WORDS, ir.Undefined)
-            first = builder.insert_element(empty, bits, _WORD(0))
-            return builder.shuffle_vector(first, first, ir.Constant(_WORDS, [0] * 16))
-
-        low = builder.lshr(_words_at(builder, one), all_lanes(shift))
+        shift, other_shift = (
+            _all_lanes(builder, builder.trunc(number, _WORD))
+            for number in (shift, other_shift)
+        )
+        low = builder.lshr(_words_at(builder, one), shift)
         low = builder.and_(low, ir.Constant(_WORDS, [0xFFFF] * 16))
-        high = builder.lshr(_words_at(builder, other), all_lanes(other_shift))
+        high = builder.lshr(_words_at(builder, other), other_shift)
         high = builder.shl(high, ir.Constant(_WORDS, [16] * 16))
         to = pointer_at(builder, target, _WORDS)
         builder.store(builder.or_(low, high), to, align=2)

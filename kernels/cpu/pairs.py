@@ -10,7 +10,7 @@ of values are rounded to bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -26,6 +26,7 @@ from vllm_avl.kernels.cpu.tiles import (
     PART,
     TILE,
     build_sums,
+    clear_sums,
     for_rows,
     load_sums,
     prefetch_tile,
@@ -41,7 +42,6 @@ from vllm_avl.kernels.cpu.vectors import (
     bfloats_from,
     broadcast,
     compress,
-    constant,
     narrow_to,
     offset,
     pointer_at,
@@ -79,7 +79,8 @@ BFLOATS = ir.VectorType(_BFloat(), 2 * LANES)
 _SHORT, _WORD, _LONG = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
-def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+def call(builder: Any, name: str, result: Any, arguments: Sequence[Any]) -> Any:
+    """Call an instruction of the processor by LLVM's name for it."""
     kinds = [argument.type for argument in arguments]
     kind = ir.FunctionType(result, kinds)
     function = cgutils.get_or_insert_function(builder.module, kind, name)
@@ -91,7 +92,7 @@ def add_pairs(builder: Any, places: Any, factor: Any, pairs: Any) -> None:
     for place, vector in zip(places, pairs, strict=True):
         arguments = [builder.load(place), factor, vector]
         name = "llvm.x86.avx512bf16.dpbf16ps.512"
-        builder.store(_call(builder, name, FLOATS, arguments), place)
+        builder.store(call(builder, name, FLOATS, arguments), place)
 
 
 def pair_at(builder: Any, address: Any) -> Any:
@@ -156,9 +157,7 @@ def _dot_pairs(
 
         def build(rows: int) -> None:
             sums = build_sums(builder, rows, TILE // LANES)
-            for of_row in sums:
-                for place in of_row:
-                    builder.store(constant(0.0), place)
+            clear_sums(builder, sums)
             with cgutils.for_range(builder, builder.udiv(size, two)) as loop:
                 step = builder.mul(builder.mul(loop.index, two), key_step)
                 one = builder.add(keys, step)
@@ -250,7 +249,7 @@ def _narrow(_context: Any, source: Any, target: Any) -> Any:
                 for at in (0, 4 * LANES)
             )
             name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
-            both = _call(builder, name, BFLOATS, [high, low])
+            both = call(builder, name, BFLOATS, [high, low])
             kind = ir.VectorType(_SHORT, 2 * LANES)
             both = builder.bitcast(both, kind)
             builder.store(both, pointer_at(builder, target, kind), align=2)
@@ -277,7 +276,7 @@ def _number_of(_context: Any, bits: Any) -> Any:
     """How many bits are set."""
 
     def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        return _call(builder, "llvm.ctpop.i64", _LONG, [values[0]])
+        return call(builder, "llvm.ctpop.i64", _LONG, [values[0]])
 
     return types.int64(types.int64), generate
 

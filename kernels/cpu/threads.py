@@ -153,6 +153,12 @@ def scratch_of(num_bytes: int) -> int:
     return -(-_scratch.data_ptr() // _LINE) * _LINE
 
 
+def drop_scratch() -> None:
+    """Give that memory back; the next call takes what it needs."""
+    global _scratch
+    _scratch = torch.empty(0, dtype=torch.uint8)
+
+
 def in_lines(count: int) -> int:
     """`count` fp32 numbers, rounded up to whole cache lines."""
     return -(-4 * count // _LINE) * _LINE // 4

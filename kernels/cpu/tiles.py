@@ -91,6 +91,13 @@ def _places(builder: Any, sums: Any, outputs: Any, step: Any) -> list[Any]:
     ]
 
 
+def clear_sums(builder: Any, sums: Any) -> None:
+    """Begin with 0."""
+    for of_row in sums:
+        for place in of_row:
+            builder.store(constant(0.0), place)
+
+
 def load_sums(builder: Any, sums: Any, outputs: Any, step: Any) -> None:
     """Begin with what has been written, a row's every `step` bytes."""
     for place, at in _places(builder, sums, outputs, step):

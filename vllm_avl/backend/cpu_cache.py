@@ -56,8 +56,11 @@ class CPUCache:
 
     @property
     def _form(self) -> dict[str, Any]:
-        scales = {"k_scale": self.k_scale, "v_scale": self.v_scale}
-        return {**scales, "packed": self.packed}
+        return {
+            "k_scale": self.k_scale,
+            "v_scale": self.v_scale,
+            "packed": self.packed,
+        }
 
     def attend(
         self,
