@@ -89,7 +89,13 @@ def start(
         *("--mm-processor-cache-gb", "0"),
         *json_option("--limit-mm-per-prompt", {"image": MAX_IMAGES}),
     ]
-    limits = {"VLLM_MAX_IMAGE_PIXELS": str(MAX_PIXELS), "VLLM_PLUGINS": "avl"}
+    limits = {
+        "VLLM_MAX_IMAGE_PIXELS": str(MAX_PIXELS),
+        "VLLM_PLUGINS": "avl",
+        # Where a server closes idle connections, its end of one and a client's next
+        # request may cross, and the client has an error that is nobody's.
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
+    }
     return serve(
         model,
         [*common, *options],
