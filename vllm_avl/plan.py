@@ -39,7 +39,7 @@ class Plan:
 
     After the chunk that holds the last prompt token, the kept rows of the full prompt
     blocks lie in `num_stored_blocks` blocks of the request's own, and the prompt's are
-    given back. An ordinary decode step reads `num_core_blocks` blocks' worth of these
+    given back, unless it `shares` them. An ordinary decode step reads `num_core_blocks` blocks' worth of these
     rows: core and text. Each evicted block of text makes one stored block less.
     """
 
@@ -57,6 +57,9 @@ class Plan:
     """Last prompt tokens whose attention ranks the rows."""
     text_window: TextWindow | None
     """None where text is never evicted."""
+    shares: bool = False
+    """Whether kept rows stay in the prompt's blocks, most of which others hold, too: a
+    mask says which rows are kept. Known when the prompt ends; nothing is freed then."""
 
     @property
     def num_full_tokens(self) -> int:
@@ -76,13 +79,17 @@ class Plan:
     @property
     def num_stored_vision(self) -> int:
         """Vision tokens stored by a policy that keeps text: fills the stored blocks."""
-        num_evicted = self.num_full_blocks - self.num_stored_blocks
-        return self.num_vision_tokens - num_evicted * self.block_size
+        return self.num_vision_tokens - self.num_evicted_rows
 
     @property
     def num_stored_rows(self) -> int:
         """Rows of the full prompt blocks that stay, text included."""
         return self.num_stored_blocks * self.block_size
+
+    @property
+    def num_evicted_rows(self) -> int:
+        """Rows of the full prompt blocks that do not stay."""
+        return self.num_full_tokens - self.num_stored_rows
 
     @property
     def num_core_rows(self) -> int:
@@ -107,7 +114,7 @@ class Plan:
     @property
     def first_stored_block(self) -> int:
         """Index of the first stored block; what was in front is given back."""
-        return self.num_full_blocks - self.num_stored_blocks
+        return 0 if self.shares else self.num_full_blocks - self.num_stored_blocks
 
     @property
     def moves_rows(self) -> bool:
@@ -115,6 +122,8 @@ class Plan:
 
         Where all is stored and no text ages, the prompt's own blocks serve.
         """
+        if self.shares:
+            return False
         return self.first_stored_block > 0 or self.text_window is not None
 
     @property
@@ -135,8 +144,8 @@ class Plan:
         return min(max(self.num_scoring_rows, 2), self.num_prompt_tokens)
 
     def num_freed_blocks(self, num_tokens: int) -> int:
-        """Blocks at the head that nobody reads once `num_tokens` are computed."""
-        if num_tokens < self.num_prompt_tokens:
+        """Blocks at the head that it gives back once `num_tokens` are computed."""
+        if num_tokens < self.num_prompt_tokens or self.shares:
             return 0
         return self.first_stored_block + self.num_evicted_text_blocks(num_tokens)
 

@@ -5,6 +5,7 @@ has never heard of blocks. What was the prompt's and is nobody's now holds NaN.
 """
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -138,7 +139,16 @@ class OnTriton:
 class Served:
     """One request, from the step that ends its prompt on."""
 
-    def __init__(self, device, targets=None, ranks=ALONE, num_lists=1, **settings):
+    def __init__(
+        self,
+        device,
+        targets=None,
+        ranks=ALONE,
+        num_lists=1,
+        *,
+        shares=False,
+        **settings,
+    ):
         """Compute all of the prompt but its last chunk.
 
         Args:
@@ -147,9 +157,12 @@ class Served:
                 them for private ones; all private by default.
             ranks: the tensor-parallel group.
             num_lists: that graphs read.
+            shares: whether kept rows stay in the prompt's blocks.
             settings: of the request.
         """
         plan = make_plan(PROMPT, VISION, BLOCK_SIZE, AVLConfig(**settings))
+        if shares:
+            plan, targets = replace(plan, shares=True), range(NUM_FULL)
         torch.manual_seed(0)
         shape = MAX_TOKENS, NUM_KV_HEADS, HEAD_SIZE
         self.keys, self.values = torch.randn(shape), torch.randn(shape)
@@ -158,7 +171,7 @@ class Served:
         own = self.table.tolist()
         wanted = [*targets] if targets else [None] * plan.num_stored_blocks
         stored = [spare.pop() if index is None else own[index] for index in wanted]
-        assert len(stored) == plan.num_stored_blocks
+        assert len(stored) == plan.num_full_blocks - plan.first_stored_block
         num_private = wanted.count(None)
         in_place = plan.moves_rows and num_private < len(wanted)
         num_copied = 0 if plan.moves_rows else num_private
@@ -226,7 +239,7 @@ class Served:
         self.tasks = make_tasks(rows, table, stored, [0, num_new], BLOCK_SIZE)
         for task in self.tasks:
             Layer(1, self.device.cache, self.ranks).perform(task, query, output)
-            num_freed = task.num_aged // BLOCK_SIZE
+            num_freed = 0 if self.plan.shares else task.num_aged // BLOCK_SIZE
             self.poison(task.stored[:num_freed].tolist())
         step.end()
         return output[-1]
@@ -254,15 +267,16 @@ class Served:
         """[num_rows] which a KV head stores, or reads in ordinary steps, ascending."""
         rows = self.rows
         ranking = min(head, len(rows.positions) - 1)
-        known, mask = rows.positions[ranking], rows.mask()
-        if core and mask is not None:
+        known, mask = rows.positions[ranking], rows.mask() if core else rows.stays()
+        if mask is not None:
             known = known[mask[ranking]]
         appended = torch.arange(rows.start + rows.num_slots, self.length)
         return torch.cat([known, appended]).sort().values
 
     def stored_blocks(self):
         """Blocks of what is stored, in the order of slots."""
-        gone = self.state.plan.num_evicted_text_blocks(self.length)
+        gone = self.state.plan.num_freed_blocks(self.length)
+        gone -= self.plan.first_stored_block
         ids = [*self.told.block_ids, *self.table[NUM_FULL:].tolist()]
         return torch.tensor(ids[gone:], dtype=torch.int32)
 

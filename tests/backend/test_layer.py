@@ -127,6 +127,31 @@ def test_both_devices_store_and_read_the_same_tokens(settings):
             torch.testing.assert_close(*sums, equal_nan=True, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_shared_prompt_is_read_as_private_copies_of_it_are(settings):
+    settings = CORE | settings
+    pairs = zip(
+        serve(OnCPU, *STEPS, **settings),
+        serve(OnCPU, *STEPS, shares=True, **settings),
+        strict=True,
+    )
+    for one, other in pairs:
+        assert told(one) == told(other)
+        assert one.cores() == other.cores()
+        other.check_rows()
+        assert other.rows.start == 0
+
+
+@pytest.mark.parametrize("settings", [{}, TEXT], ids=["vision", "text"])
+def test_a_shared_prompt_without_core_is_read_by_what_stays(settings):
+    settings = {"observation_window": 4, "vision_store_ratio": 0.3} | settings
+    for request in serve(OnCPU, *STEPS, shares=True, **settings):
+        plan, kept = request.plan, request.rows.stays()
+        num_evicted = FULL - plan.num_stored_rows
+        num_evicted += BLOCK_SIZE * plan.num_evicted_text_blocks(request.length)
+        assert (~kept).sum(1).tolist() == [num_evicted] * len(kept)
+
+
 @DEVICES
 @pytest.mark.parametrize(
     "settings",

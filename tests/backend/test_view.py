@@ -1,5 +1,6 @@
 """What a step reads of each row, and who has work after it, on requests by hand."""
 
+import numpy as np
 import pytest
 import torch
 from stepping import (
@@ -458,8 +459,11 @@ def test_masks_stay_where_they_are_when_seats_are_added():
         worker.give(f"{i}", **CORE)
     seats = [one.seat for one in worker.requests.running.values()]
     assert len(set(seats)) == 21
-    masks = state.seats.masks(3, state.seats.names_to_seats(seats))
-    assert masks.tolist() == [1234, *[0] * 20]
+    state.seats.set_mask(3, state.seat, 5678, of_kept=True)
+    of_kept = np.zeros(21, np.intp)
+    seats = state.seats.names_to_seats(seats)
+    assert state.seats.masks(3, seats, of_kept).tolist() == [1234, *[0] * 20]
+    assert state.seats.masks(3, seats, of_kept + 1).tolist() == [5678, *[0] * 20]
 
 
 @pytest.mark.parametrize("by", ["finished", "preempted", "told again"])

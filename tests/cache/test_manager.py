@@ -39,11 +39,11 @@ def test_a_prompt_that_nobody_shares_demands_its_own_blocks_alone():
 
 
 def test_hits_that_somebody_holds_are_shared_and_others_are_not():
-    pool = Pool(60)
+    pool = Pool(60, copies_shared=True)
     pool.add("stock", avl=False)
     pool.run(("stock", None))
     pool.add("r", **STORE)
-    # All 10 are shared: of 6 stored blocks each needs a place of its own.
+    # Where all are to be copied: of 6 stored blocks each needs a place of its own.
     assert demand(pool, "r") == (1 + NUM_STORED, 10)
     assert demand(pool, "r", 41) == (1, 10), "the prompt does not end"
     pool.finish("stock")
@@ -52,7 +52,7 @@ def test_hits_that_somebody_holds_are_shared_and_others_are_not():
 
 
 def test_shared_blocks_may_be_fewer_than_private_ones_need():
-    pool = Pool(60)
+    pool = Pool(60, copies_shared=True)
     pool.add("stock", num_prompt=30, avl=False)
     pool.run(("stock", None))
     pool.add("r", **STORE)
@@ -97,7 +97,7 @@ def test_nor_does_it_where_its_hits_fill_the_pool():
 
 
 def test_a_later_hit_in_the_same_step_raises_an_earlier_ones_demand():
-    pool = Pool(11 + 1 + 2 * NUM_STORED)
+    pool = Pool(11 + 1 + 2 * NUM_STORED, copies_shared=True)
     pool.add("a", **STORE)
     pool.add("b", **STORE)
     pool.schedule(("a", 40))
@@ -120,7 +120,7 @@ def test_a_later_hit_in_the_same_step_raises_an_earlier_ones_demand():
 
 
 def test_a_later_request_waits_where_the_earlier_ones_copies_have_no_room():
-    pool = Pool(11 + 2 * NUM_STORED)
+    pool = Pool(11 + 2 * NUM_STORED, copies_shared=True)
     pool.add("a", **STORE)
     pool.add("b", **STORE)
     pool.schedule(("a", 40))
@@ -135,7 +135,7 @@ def test_a_later_request_waits_where_the_earlier_ones_copies_have_no_room():
 
 
 def test_only_the_part_of_a_hit_that_is_held_raises_the_demand():
-    pool = Pool(40)
+    pool = Pool(40, copies_shared=True)
     pool.add("a", **STORE)
     pool.add("b", num_prompt=22, **STORE)
     pool.schedule(("a", 40))
@@ -201,7 +201,7 @@ def test_with_some_room_some_go_in_place_the_prompts_last_blocks_first():
 
 
 def test_blocks_that_others_read_are_never_written():
-    pool = Pool(10 + 1 + 1 + NUM_STORED)
+    pool = Pool(10 + 1 + 1 + NUM_STORED, copies_shared=True)
     pool.add("stock", avl=False)
     pool.run(("stock", None))
     pool.add("r", **STORE)
@@ -317,6 +317,90 @@ def test_nothing_is_hashed_that_was_computed_behind_an_eviction():
     pool.run(("r", None))
     pool.run(("r", 8))
     assert not any(pool.hashed(*filter(None, pool.ids("r"))))
+
+
+# Where others hold the prompt, too.
+
+
+def test_kept_rows_stay_where_copies_would_want_more_than_comes_free():
+    pool = Pool(11 + 1)
+    pool.add("stock", avl=False)
+    pool.run(("stock", None))
+    pool.add("r", **STORE)
+    assert demand(pool, "r") == (1, 10)
+    told = pool.schedule(("r", None))["r"]
+    prompt = pool.ids("r")[:NUM_FULL]
+    assert told.plan.shares
+    assert not told.plan.moves_rows
+    assert [*told.block_ids] == prompt == pool.ids("stock")[:NUM_FULL]
+    assert (told.in_place, told.num_copied, pool.num_free) == (False, 0, 0)
+    pool.settle()
+    pool.finish("stock")
+    assert pool.ids("r")[:NUM_FULL] == prompt
+    assert all(pool.hashed(*prompt))
+    assert not any(pool.hashed(*pool.ids("r")[NUM_FULL:]))
+
+
+@pytest.mark.parametrize(("num_shared", "shares"), [(4, False), (5, True)])
+def test_kept_rows_go_where_they_give_more_back_than_they_take(num_shared, shares):
+    pool = Pool(40)
+    pool.add("stock", num_prompt=4 * num_shared + 2, avl=False)
+    pool.run(("stock", None))
+    pool.add("r", **STORE)
+    told = pool.run(("r", None))["r"]
+    assert told.plan.shares == shares
+    pool.open()
+    own = NUM_FULL - num_shared if shares else NUM_STORED
+    assert 40 - pool.num_free == num_shared + 1 + own + 1
+
+
+def test_as_many_share_a_prompt_as_stock_would_have():
+    pool = Pool(NUM_FULL + 16)
+    for number in range(16):
+        pool.add(number, **STORE)
+    pool.run((0, 40))
+    told = pool.run(*((number, None) for number in range(16)))
+    assert all(told[number].plan.shares for number in range(16))
+    assert pool.num_free == 0
+    for number in range(16):
+        pool.finish(number)
+    assert pool.num_free == NUM_FULL + 16
+
+
+def test_text_that_leaves_a_shared_prompt_frees_nothing():
+    pool = Pool(80)
+    pool.add("stock", avl=False)
+    pool.run(("stock", None))
+    pool.add("r", **STORE, **TEXT)
+    assert pool.run(("r", None))["r"].plan.shares
+    for _ in range(40):
+        pool.run(("r", 1))
+    assert all(pool.ids("r"))
+
+
+def test_a_request_that_comes_again_decides_again():
+    pool = Pool(40)
+    pool.add("stock", avl=False)
+    pool.run(("stock", None))
+    pool.add("r", **STORE)
+    assert pool.run(("r", None))["r"].plan.shares
+    pool.preempt("r")
+    pool.finish("stock")
+    assert not pool.run(("r", None))["r"].plan.shares
+
+
+@pytest.mark.parametrize("num_spare", [NUM_STORED - 1, NUM_STORED])
+@pytest.mark.parametrize("caching", [True, False])
+def test_rows_stay_where_prompts_must_not_be_written_and_nothing_is_free(
+    num_spare, caching
+):
+    pool = Pool(11 + num_spare, caching=caching)
+    pool.manager.writes_prompts = False
+    pool.add("r", **STORE)
+    assert demand(pool, "r") == (11, 0)
+    told = pool.run(("r", None))["r"]
+    assert told.plan.shares == (num_spare < NUM_STORED)
+    assert not told.in_place
 
 
 # Where all is stored.
@@ -550,8 +634,9 @@ COUNTED = pytest.mark.parametrize(
         (STORE, {"caching": False}),
         (STORE | TEXT, {}),
         (ALL_STORED, {}),
+        (STORE, {"copies_shared": True}),
     ],
-    ids=["stored", "in-place", "text", "all-stored"],
+    ids=["stored", "in-place", "text", "all-stored", "copied"],
 )
 
 
@@ -633,8 +718,9 @@ UNDERCOUNTED = pytest.mark.xfail(strict=True, reason="blocks of one hash count o
 @pytest.mark.parametrize(
     ("settings", "options"),
     [
-        pytest.param(STORE, {}, marks=UNDERCOUNTED, id="stored"),
-        pytest.param(STORE | TEXT, {}, marks=UNDERCOUNTED, id="text"),
+        pytest.param(STORE, {}, id="stored"),
+        pytest.param(STORE | TEXT, {}, id="text"),
+        pytest.param(STORE, {"copies_shared": True}, marks=UNDERCOUNTED, id="copied"),
         pytest.param(STORE, {"caching": False}, id="in-place"),
         pytest.param(ALL_STORED, {}, id="all-stored"),
     ],

@@ -112,7 +112,7 @@ def test_random_sequences(start, expected, num_blocks, cached):
     assert min(kinds[kind] for kind in KINDS) > 0, f"none of a kind: {kinds}"
 
 
-KINDS = ("private", "in place", "both", "over shared blocks")
+KINDS = ("private", "in place", "both", "over shared blocks", "kept where they are")
 
 
 def watch_targets(manager, kinds):
@@ -129,6 +129,7 @@ def watch_targets(manager, kinds):
             found = "both" if 0 < num_own < len(targets) else "private"
             kinds["in place" if num_own == len(targets) else found] += 1
         kinds["over shared blocks"] += shared
+        kinds["kept where they are"] += plan.shares
         return targets
 
     manager._choose_targets = choose_and_count

@@ -103,3 +103,24 @@ def test_everything_stored_and_little_read_takes_no_block_of_its_own(engine):
     assert all(block.block_hash is not None for block in one[:num_full])
     while engine.llm.llm_engine.has_unfinished_requests():
         engine.step()
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_questions_at_once_share_the_prompt_as_on_stock(engine, settings):
+    endings = ("", " And then?", " And in front of it, what is there?", " Why?")
+    asks = [Ask((1, 2), FIRST + end, 30, SETTINGS[settings]) for end in endings]
+    alone = [engine.alone(ask) for ask in asks]
+    engine.llm.reset_prefix_cache()
+    engine.ask(asks[:1])
+    for index, ask in enumerate(asks):
+        engine.add(f"{index}", ask)
+    held, outputs = [], []
+    while engine.llm.llm_engine.has_unfinished_requests():
+        outputs += engine.llm.llm_engine.step()
+        pool = engine.scheduler.kv_cache_manager.block_pool
+        held.append(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
+    answers = {out.request_id[0]: out.outputs[0].token_ids for out in outputs}
+    assert [list(answers[f"{i}"]) for i in range(len(asks))] == alone
+    prompt = len(outputs[-1].prompt_token_ids) // BLOCK_SIZE
+    # One prompt, and what differs: the last rows of each, and its answer.
+    assert max(held) <= prompt + len(asks) * 4

@@ -39,13 +39,15 @@ class AttendedRows:
 
     rows: DecodeRows
     seats: Seats
+    of_kept: npt.NDArray[np.intp]
+    """[num_rows] which mask is read, see `SeatTable.masks`."""
     table: SeatTable
     is_whole_step: bool
     """Whether there is no other row, so that vLLM's kernel has nothing to do."""
 
     def masks(self, layer: int) -> npt.NDArray:
         """[num_rows] addresses of the rows' masks in a layer."""
-        return self.table.masks(layer, self.seats)
+        return self.table.masks(layer, self.seats, self.of_kept)
 
 
 @dataclass
@@ -92,7 +94,8 @@ class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
         seq_lens = (common.seq_lens.numpy() - in_front).astype(np.int32)
         attended = _attended(rows, stored, seq_lens, common.query_start_loc_cpu)
         # vLLM's kernel must be given something for the rows that are ours.
-        read = np.where(rows.is_attended, np.int32(1), seq_lens)
+        lengths = np.diff(common.query_start_loc_cpu.numpy())
+        read = np.where(rows.is_attended, lengths, seq_lens)
         shifted = common.replace(
             seq_lens=torch.from_numpy(read),
             block_table_tensor=stored,
@@ -127,18 +130,33 @@ def _attended(
     if not len(found):
         return None
     is_whole_step = len(found) == len(rows.index)
-    of = rows.of if is_whole_step else rows.of[found]
-    masked = np.where(rows.reads_all[found], 0, of["num_masked"])
+    starts = query_start_loc.numpy().astype(np.int64)
+    counts = np.diff(starts)[found]
+    tokens, num_tokens = starts[found + 1] - 1, seq_lens[found].astype(np.int64)
+    scored, is_whole_batch = rows.scores[found], is_whole_step
+    if counts.max() > 1:
+        # Each token of a row is one of the kernel's, and sees what is in front of it.
+        is_whole_batch = False
+        found, index = (
+            np.repeat(found, counts),
+            np.repeat(np.arange(len(counts)), counts),
+        )
+        behind = np.cumsum(counts)[index] - 1 - np.arange(len(index))
+        tokens, num_tokens = tokens[index] - behind, num_tokens[index] - behind
+        scored = scored[index] & (behind == 0)
+    of = rows.of if is_whole_batch else rows.of[found]
+    reads_all = rows.reads_all[found]
     decode_rows = DecodeRows(
-        query_start_loc.numpy()[found].astype(np.int64),
-        stored if is_whole_step else stored[torch.from_numpy(found)],
-        seq_lens[found].astype(np.int64),
-        masked,
+        tokens,
+        stored if is_whole_batch else stored[torch.from_numpy(found)],
+        num_tokens,
+        np.where(reads_all & ~of["shares"], 0, of["num_masked"]),
         of["mask_stride"],
-        rows.scores[found],
+        scored,
     )
-    seats = rows.seats[found]
-    return AttendedRows(decode_rows, seats, rows.step.requests.seats, is_whole_step)
+    seats, table = rows.seats[found], rows.step.requests.seats
+    of_kept = reads_all.astype(np.intp)
+    return AttendedRows(decode_rows, seats, of_kept, table, is_whole_step)
 
 
 class AVLImpl(CPUAttentionBackendImpl):

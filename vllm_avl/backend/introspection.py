@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -140,13 +141,14 @@ def _report_layer(index: int, rows: LayerRows, state: RequestState) -> LayerRepo
     ranked = set(state.candidates.tolist())
     appended = range(rows.start + rows.num_slots, state.num_tokens)
     mask = rows.mask()
-    is_core = (
-        torch.ones_like(rows.positions, dtype=torch.bool) if mask is None else mask
-    )
+    stays = rows.stays()
+    every = torch.ones_like(rows.positions, dtype=torch.bool)
+    masks = [(every if given is None else given).tolist() for given in (stays, mask)]
     core, secondary, evicted, text = [], [], [], []
-    for head, listed in zip(rows.positions.tolist(), is_core.tolist(), strict=True):
-        behind = {p for p, is_read in zip(head, listed, strict=True) if not is_read}
-        read = {*head, *appended} - behind
+    for head, kept, listed in zip(rows.positions.tolist(), *masks, strict=True):
+        stored = set(compress(head, kept))
+        behind = stored - set(compress(head, listed))
+        read = (stored - behind) | set(appended)
         core.append(sorted(read & ranked))
         secondary.append(sorted(behind))
         evicted.append(sorted(ranked - behind - read))

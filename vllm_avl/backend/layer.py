@@ -182,6 +182,8 @@ class Layer:
             index = rows.positions.expand(len(by_kv_head), -1)
             rows.sums = by_kv_head.gather(1, index)
         state.layers[self.index] = rows
+        if plan.shares:
+            self._keep(task, rows, _mark(order, plan.num_full_tokens))
         if plan.has_core:
             self._select(task, rows, self._first_core(task, order))
 
@@ -197,8 +199,7 @@ class Layer:
             index = torch.arange(order.shape[1], device=order.device)
             return (index < plan.num_core_rows).unsqueeze(0)
         core = order[:, : order.shape[1] - plan.num_secondary_rows]
-        mask = torch.zeros_like(order, dtype=torch.bool)
-        return mask.scatter_(1, core.to(torch.int64), True)
+        return _mark(core, plan.num_full_tokens)
 
     def _rank_prompt(self, task: Task, attention: torch.Tensor) -> torch.Tensor:
         """[num_rankings, num_stored_rows] int32 positions of what stays.
@@ -207,7 +208,7 @@ class Layer:
         """
         state, plan = task.state, task.state.plan
         num_ranked = state.num_candidates
-        num_kept = num_ranked - plan.first_stored_block * plan.block_size
+        num_kept = num_ranked - plan.num_evicted_rows
         if num_kept == num_ranked and not plan.has_core:
             order = torch.cat([state.fixed, state.candidates])
             return order.to(torch.int32).unsqueeze(0)
@@ -341,10 +342,24 @@ class Layer:
         """Let `mask` be core, and remember it if somebody asked for that."""
         state = task.state
         mask = mask.expand(len(rows.positions), -1).contiguous()
+        stays = rows.stays()
+        if stays is not None:
+            self._keep(task, rows, stays)
+            mask = rows.over_slots(mask) & stays
         self.cache.set_core(task, self.index, rows, mask)
         state.masks(mask.shape[1])
         if state.plan.config.introspection:
             rows.note_core(task.num_tokens, state.plan.num_full_tokens)
+
+    def _keep(self, task: Task, rows: LayerRows, mask: torch.Tensor) -> None:
+        """Let `mask` be what stays of a shared prompt and what follows it."""
+        state = task.state
+        rows.kept = mask.expand(len(rows.positions), -1).contiguous()
+        address = rows.kept.data_ptr()
+        state.seats.set_mask(self.index, state.seat, address, of_kept=True)
+        if not state.plan.has_core:
+            state.seats.set_mask(self.index, state.seat, address)
+        state.masks(rows.kept.shape[1])
 
     def _evict_text(self, task: Task) -> None:
         """Evict whole blocks' worth of aged text."""
@@ -361,6 +376,13 @@ class Layer:
             plan.num_text_tokens(task.num_tokens),
             task.num_aged,
         )
+        stays = rows.stays()
+        if stays is not None:
+            self._keep(task, rows, stays & ~leaving)
+            if plan.has_core:
+                assert mask is not None
+                self._select(task, rows, mask)
+            return
         moves = close_ranks(rows, leaving, task.num_aged)
         self.cache.copy(task.stored, moves.source, task.stored, moves.target)
         if mask is not None:
@@ -417,3 +439,11 @@ class Layer:
             key("core_rows_selected"), num_selected * len(rows.positions)
         )
         state.counts.count(key("core_rows_entered"), num_entered)
+
+
+def _mark(positions: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """[num_rankings, num_slots] bool, True at `positions`."""
+    mask = torch.zeros(
+        len(positions), num_slots, dtype=torch.bool, device=positions.device
+    )
+    return mask.scatter_(1, positions.to(torch.int64), True)

@@ -49,6 +49,8 @@ class RequestState:
     memo: dict[str, Any] = field(default_factory=dict)
     """Shared by the layers, for the policy."""
     running: bool = True
+    num_aged_blocks: int = 0
+    """Blocks' worth of text that has left its window."""
     _ended: tuple[int, int] = 0, 0
 
     def __post_init__(self) -> None:
@@ -62,6 +64,7 @@ class RequestState:
             records["interval"][self.seat] = interval
         records["is_scored"][self.seat] = self.keeps_sums or self.refreshes_core
         records["has_core"][self.seat] = plan.has_core
+        records["shares"][self.seat] = plan.shares
         records["in_pass"][self.seat] = self.core_in_pass
         num_rankings = 2 if self.splits_heads else 1
         fits = self.kernels.num_lists >= num_rankings
@@ -108,6 +111,7 @@ class RequestState:
         return (
             plan.has_core
             or plan.text_window is not None
+            or plan.shares
             or plan.config.introspection > 0
         )
 
@@ -211,15 +215,19 @@ class RequestState:
         if plan.text_window is None:
             records["next_aging"][seat] = NEVER
             return
-        gone = 0
         if num_tokens:
-            gone = plan.num_evicted_text_blocks(num_tokens)
-            self.seats.set_private(seat, self.compaction.block_ids[gone:])
+            self.num_aged_blocks = plan.num_evicted_text_blocks(num_tokens)
+            if not plan.shares:
+                kept_ids = self.compaction.block_ids[self.num_aged_blocks :]
+                self.seats.set_private(seat, kept_ids)
             records["first_block"][seat] = plan.num_freed_blocks(num_tokens)
         lengths = range(LONGEST)
         least = max(num_tokens, plan.num_prompt_tokens)
         records["next_aging"][seat] = bisect_left(
-            lengths, gone + 1, lo=least, key=plan.num_evicted_text_blocks
+            lengths,
+            self.num_aged_blocks + 1,
+            lo=least,
+            key=plan.num_evicted_text_blocks,
         )
 
     def note_core(self, num_tokens: int) -> None:

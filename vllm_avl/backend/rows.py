@@ -44,12 +44,15 @@ class LayerRows:
     """[num_rankings, num_slots] original position of each row, int64; num_rankings is 1
     until KV heads differ, then num_kv_heads. Replaced, never changed."""
     core: Core | None = None
-    """None where every step reads all."""
+    """None where every step reads all that stays."""
     sums: torch.Tensor | None = None
     """[num_kv_heads, num_slots] running sums of attention, fp32; NaN where a row has
     not been scored yet. None where nobody needs them."""
     history: CoreHistory = field(default_factory=CoreHistory)
     """Earlier selections, where they are remembered."""
+    kept: torch.Tensor | None = None
+    """[num_rankings, num_slots] bool, which slots stay, and all behind them do; None
+    where all do. Replaced, never changed."""
     _competing: tuple[torch.Tensor, torch.Tensor] | None = None
     """The last answer of `competes`, and which positions it was for."""
 
@@ -86,7 +89,7 @@ class LayerRows:
             self.positions = self.positions.repeat(num_kv_heads, 1)
 
     def competes(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[num_rankings, num_slots], True where a policy ranks a slot's token.
+        """[num_rankings, num_slots], True where a policy ranks a slot that stays.
 
         Args:
             tokens: [num_tokens] bool by position; the last one stands for the rest.
@@ -94,13 +97,20 @@ class LayerRows:
         if self._competing is None or self._competing[0] is not self.positions:
             index = self.positions.clamp(max=len(tokens) - 1)
             self._competing = self.positions, tokens[index]
-        return self._competing[1]
+        kept = self.stays()
+        return self._competing[1] if kept is None else self._competing[1] & kept
+
+    def stays(self) -> torch.Tensor | None:
+        """[num_rankings, num_slots] which slots stay; None where all do."""
+        return None if self.kept is None else self.over_slots(self.kept)
 
     def mask(self) -> torch.Tensor | None:
         """[num_rankings, num_slots] which slots are core; None where all are read."""
-        if self.core is None:
-            return None
-        mask = self.core.mask().expand(len(self.positions), -1)
+        return self.stays() if self.core is None else self.over_slots(self.core.mask())
+
+    def over_slots(self, mask: torch.Tensor) -> torch.Tensor:
+        """[num_rankings, num_slots] of a mask over the first slots; True behind it."""
+        mask = mask.expand(len(self.positions), -1)
         num_appended = self.num_slots - mask.shape[1]
         if not num_appended:
             return mask
@@ -121,5 +131,6 @@ class LayerRows:
         """Keep what a report needs, and no more, of a request that has ended."""
         mask = self.mask()
         self.core = None if mask is None else Mask(mask.clone())
+        self.kept = self.stays()
         self.sums = self._competing = None
         self.positions = self.positions.to(torch.int32)

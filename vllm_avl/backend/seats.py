@@ -27,6 +27,8 @@ SEAT = np.dtype(
         ("is_scored", np.bool_),
         # Whether the others read core.
         ("has_core", np.bool_),
+        # Whether kept rows lie in a prompt's blocks, so that all steps read a mask.
+        ("shares", np.bool_),
         # First stored slots of which some are not core; all behind them are read.
         ("num_masked", np.int64),
         # Of those, how many ordinary steps read.
@@ -59,6 +61,7 @@ class SeatTable:
         self.private = torch.zeros(capacity, 8, dtype=torch.int32, device=device)
         """[num_seats, max_private] block ids, as the block manager counts them."""
         self._masks: dict[int, npt.NDArray[np.int64]] = {}
+        """By layer, [num_seats, 2]: of core, and of what stays."""
         self._free = list(range(capacity))[::-1]
 
     def take(self) -> int:
@@ -89,17 +92,34 @@ class SeatTable:
         self.private[seat, :size] = ids.to(self.private.device, non_blocking=True)
         self.records["num_private"][seat] = size
 
-    def set_mask(self, layer: int, seat: int, address: int) -> None:
-        """Say where a layer's mask over a request's slots lies in memory."""
-        self._masks_of(layer)[seat] = address
+    def set_mask(
+        self, layer: int, seat: int, address: int, *, of_kept: bool = False
+    ) -> None:
+        """Say where a layer's mask over a request's slots lies in memory.
 
-    def masks(self, layer: int, seats: Seats) -> npt.NDArray[np.int64]:
-        """Addresses of a layer's masks; 0 where none has been set."""
-        return self._masks_of(layer)[seats]
+        Args:
+            layer: index of it.
+            seat: of the request.
+            address: of the mask.
+            of_kept: whether it says what stays, and not what is core.
+        """
+        self._masks_of(layer)[seat, int(of_kept)] = address
+
+    def masks(
+        self, layer: int, seats: Seats, of_kept: npt.NDArray[np.intp]
+    ) -> npt.NDArray[np.int64]:
+        """Addresses of a layer's masks; 0 where none has been set.
+
+        Args:
+            layer: index of it.
+            seats: of the requests.
+            of_kept: as seats, 1 for the mask of what stays, 0 for that of core.
+        """
+        return self._masks_of(layer)[seats, of_kept]
 
     def _masks_of(self, layer: int) -> npt.NDArray[np.int64]:
         if layer not in self._masks:
-            self._masks[layer] = np.zeros(len(self.records), np.int64)
+            self._masks[layer] = np.zeros((len(self.records), 2), np.int64)
         return self._masks[layer]
 
     def names_to_seats(self, seats: Iterable[int]) -> Seats:

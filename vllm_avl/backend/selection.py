@@ -29,7 +29,8 @@ class Candidates:
         self._index = rows.positions.clamp(max=self._end)
         shape = len(rows.positions), self._end + 1
         held = torch.zeros(shape, dtype=torch.bool, device=positions.device)
-        self._held = held.scatter_(1, self._index, True)
+        stays = rows.stays()
+        self._held = held.scatter_(1, self._index, True if stays is None else stays)
 
     @property
     def num_rankings(self) -> int:

@@ -240,8 +240,8 @@ class StepRows:
         self.scores = answers & self._pick(step.scores)
         self.reads_all = self._pick(step.reads_all)
         single = answers & self._pick(step.is_single)
-        self.is_attended = single & of["has_core"]
-        """[num_rows] decode rows that our kernel attends."""
+        self.is_attended = single & of["has_core"] | answers & of["shares"]
+        """[num_rows] rows that our kernel attends."""
         if step.requests.kernels.attend_scored:
             self.is_attended |= single & self.scores
         self.in_pass = self.is_ours & self._pick(step.in_pass)

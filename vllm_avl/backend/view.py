@@ -115,8 +115,8 @@ def make_tasks(
         num_blocks = -(-length // block_size)
         num_aged = 0
         if ages[index]:
-            gone = first - state.plan.first_stored_block
-            num_aged = state.plan.num_evicted_text_blocks(length) - gone
+            num_aged = state.plan.num_evicted_text_blocks(length)
+            num_aged -= state.num_aged_blocks
         prompt, num_private = None, 0
         if ends[index]:
             if length != state.plan.num_prompt_tokens:

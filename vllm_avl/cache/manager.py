@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -41,7 +41,8 @@ class AVLManager(FullAttentionManager):
     Holds the plan of every admitted adaptive request, from its first prefix-cache
     look-up until its blocks are freed (finish, abort, preemption). The prompt's blocks
     stay as the model computed them, hashed and shared; kept rows go to private blocks,
-    which nobody else ever sees.
+    which nobody else ever sees, or stay in the prompt's where copies would want more
+    blocks than come free.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -51,8 +52,8 @@ class AVLManager(FullAttentionManager):
         self.num_spare = 0
         """Free blocks that private ones leave to steps in flight."""
         self.copies_shared = False
-        """Whether a block may not be shared although nobody writes it: the worker
-        keeps what it knows of a row by the row's place in the pool."""
+        """Whether a block may never be shared once a prompt has ended: the worker keeps
+        what it knows of a row by the row's place in the pool."""
         self.writes_prompts = True
         """Whether kept rows may take the place of a prompt's; not where somebody reads
         its blocks behind our back."""
@@ -84,10 +85,10 @@ class AVLManager(FullAttentionManager):
     ) -> int:
         """Count blocks, and those that the prompt's end needs besides.
 
-        Kept rows may take the place of blocks that nobody else holds; others have to be
-        there. So a request that is alone never waits for itself. A hit of this request
-        may share blocks of one whose prompt ends in the same step, which then needs
-        more.
+        Those are copies of blocks that may not be shared. Kept rows may take the place
+        of blocks that nobody else holds; others have to be there. So a request that is
+        alone never waits for itself. A hit of this request may share blocks of one
+        whose prompt ends in the same step, which then needs more.
         """
         needed = super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, *args, **kwargs
@@ -130,10 +131,13 @@ class AVLManager(FullAttentionManager):
         compactions = {}
         for request_id in self._ending:
             known = self.adapted[request_id]
-            plan, computed = known.plan, known.request.num_computed_tokens
-            if request_id not in scheduled or computed != plan.num_prompt_tokens:
+            computed = known.request.num_computed_tokens
+            if request_id not in scheduled or computed != known.plan.num_prompt_tokens:
                 raise RuntimeError(f"{request_id}: a chunk crossed the prompt's end")
+            if self._shares(known):
+                known.plan = replace(known.plan, shares=True)
             known.targets = self._choose_targets(request_id)
+            plan = known.plan
             num_private = len(known.private)
             compactions[request_id] = Compaction(
                 plan,
@@ -217,10 +221,12 @@ class AVLManager(FullAttentionManager):
         )
 
     def _num_needed(self, plan: Plan, shared: Sequence[bool]) -> int:
-        """Private blocks that a prompt needs whose blocks may be `shared`."""
+        """Private blocks that a prompt must have whose blocks may be `shared`."""
+        if not self.copies_shared:
+            return 0
         num_shared = sum(shared[: plan.num_full_blocks])
         if not plan.moves_rows:
-            return num_shared if self.copies_shared else 0
+            return num_shared
         num_own = plan.num_full_blocks - num_shared if self.writes_prompts else 0
         return max(plan.num_stored_blocks - num_own, 0)
 
@@ -236,6 +242,25 @@ class AVLManager(FullAttentionManager):
         blocks = self.req_to_blocks[request_id]
         shared = [b.ref_cnt > 1 or b.block_id in hits for b in blocks]
         return max(self._num_needed(known.plan, shared) - len(known.private), 0)
+
+    def _shares(self, known: Adapted) -> bool:
+        """Whether kept rows stay in the prompt's blocks.
+
+        Copies would take more blocks than come free, where others hold most of these:
+        a request never makes the pool hold more than stock would.
+        """
+        plan = known.plan
+        if not plan.moves_rows or self.copies_shared:
+            return False
+        prompt = self.req_to_blocks[known.request.request_id][: plan.num_full_blocks]
+        num_own = sum(block.ref_cnt == 1 for block in prompt)
+        if num_own < plan.num_stored_blocks:
+            return True
+        return not self.writes_prompts and self._num_spare < plan.num_stored_blocks
+
+    @property
+    def _num_spare(self) -> int:
+        return self.block_pool.get_num_free_blocks() - self.num_spare
 
     def _take_private(self, request_id: str, count: int) -> None:
         if count:
@@ -255,10 +280,9 @@ class AVLManager(FullAttentionManager):
         prompt = self.req_to_blocks[request_id][: plan.num_full_blocks]
         if not plan.moves_rows:
             return self._with_copies(request_id, prompt)
-        if self.enable_caching:
+        if self.enable_caching or not self.writes_prompts:
             lacking = plan.num_stored_blocks - len(known.private)
-            spare = self.block_pool.get_num_free_blocks() - self.num_spare
-            self._take_private(request_id, max(min(lacking, spare), 0))
+            self._take_private(request_id, max(min(lacking, self._num_spare), 0))
         num_own = plan.num_stored_blocks - len(known.private)
         own = [block for block in prompt if block.ref_cnt == 1][::-1][:num_own]
         if len(own) < num_own:

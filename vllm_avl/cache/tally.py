@@ -33,7 +33,7 @@ class Tally:
     def compacted(self, plan: Plan) -> None:
         """Count what a prompt's compaction stores and evicts."""
         self.counts.count(key("requests_adapted"))
-        num_evicted = plan.first_stored_block * plan.block_size
+        num_evicted = plan.num_evicted_rows
         if POLICIES[plan.config.policy].ranks_text:
             self.counts.count(key("mixed_tokens_evicted"), num_evicted)
             return

@@ -10,6 +10,7 @@ import copy
 import functools
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
@@ -122,6 +123,7 @@ class _Adaptive(Scheduler):
             self._avl_manager.num_spare = len(self.running) * spare
         compactions = self._avl_manager.take_compactions(output.num_scheduled_tokens)
         if compactions:
+            self._avl_decisions |= {name: c.plan for name, c in compactions.items()}
             send_compactions(output, compactions)
         return output
 
@@ -161,7 +163,7 @@ class _Adaptive(Scheduler):
         known = self._avl_decisions.get(request.request_id)
         settled = request.num_preemptions or self._avl_config.engage == "always"
         if known is not None and settled:
-            return known
+            return replace(known, shares=False) if isinstance(known, Plan) else known
         manager = self._avl_manager
         decision = plan_request(
             request,
