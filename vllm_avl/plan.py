@@ -39,8 +39,9 @@ class Plan:
 
     After the chunk that holds the last prompt token, the kept rows of the full prompt
     blocks lie in `num_stored_blocks` blocks of the request's own, and the prompt's are
-    given back, unless it `shares` them. An ordinary decode step reads `num_core_blocks` blocks' worth of these
-    rows: core and text. Each evicted block of text makes one stored block less.
+    given back, unless it `shares` them. An ordinary decode step reads `num_core_blocks`
+    blocks' worth of these rows: core and text. Each evicted block of text makes one
+    stored block less.
     """
 
     config: AVLConfig
