@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numba import carray, types
 from vllm_avl.kernels.cpu.packed import (
+    ENTRY,
     VECTOR,
     add_packed_values,
     end_pairs,
@@ -40,6 +41,7 @@ from vllm_avl.kernels.cpu.threads import (
     write,
 )
 from vllm_avl.kernels.cpu.tiles import (
+    AHEAD,
     PART,
     PICKED_BYTES,
     TILE,
@@ -148,6 +150,21 @@ def _list_part(call: Any, row: int, head: int, part: int, lists: int) -> tuple:
     else:
         end_list(lists, num_picked)
     return num_tiles, num_picked
+
+
+@compiled
+def _move_lists(
+    call: Any, lists: int, num_tiles: int, num_picked: int, distance: int
+) -> None:
+    """Let what `_list_part` has listed be the same of another head."""
+    tiles = lists + PICKED_BYTES
+    for tile in range(num_tiles):
+        keys = read(tiles, types.int64, 2 * tile)
+        write(tiles, types.int64, 2 * tile, keys + distance)
+    step = ENTRY if call.packed else 2
+    for index in range(0, step * (num_picked + AHEAD), step):
+        values = read(lists, types.int64, index)
+        write(lists, types.int64, index, values + distance)
 
 
 @inlined
@@ -288,13 +305,17 @@ def _attend(data: Any) -> None:
     weights = laid_at + 4 * size * (group + 1)
     lists = weights + 4 * group * PART
     row, start, end, laid = -1, 0, 0, -1
+    of_row, of_part, of_head, num_tiles, num_picked = -1, 0, 0, 0, 0
+    head_bytes = 2 * call.block_size * size * call.itemsize
     item = count_up(call.taken)
     while item < call.num_items:
         while item >= end:
             row, start = row + 1, end
             end = read(call.ends, types.int64, row) * heads
         parts = (end - start) // heads
-        head, part = divmod(item - start, parts)
+        # Heads of a part one after the other: most masks are the same for all.
+        part, head = divmod(item - start, heads)
+        place = start + head * parts + part
         step, code = call.query_head_step, call.code
         queries = call.query + head * group * step
         queries += read(call.tokens, types.int64, row) * call.query_row_step
@@ -304,12 +325,21 @@ def _attend(data: Any) -> None:
             if is_new:
                 lay_queries(queries, step, code, call.scale, group, size, laid_at)
             queries = laid_at
-        num_tiles, num_picked = _list_part(call, row, head, part, lists)
-        norms = call.norms + 8 * item * group
+        if (
+            of_row == row
+            and of_part == part
+            and not read(call.mask_steps, types.int64, row)
+        ):
+            distance = (head - of_head) * head_bytes
+            _move_lists(call, lists, num_tiles, num_picked, distance)
+        else:
+            num_tiles, num_picked = _list_part(call, row, head, part, lists)
+        of_row, of_part, of_head = row, part, head
+        norms = call.norms + 8 * place * group
         _weigh(call, queries, lists, num_tiles, weights, norms)
         if read(call.paid, types.int64, row):
             _keep_weights(call, row, head, part, lists, num_tiles, weights)
-        outputs = call.outputs + 4 * item * group * size
+        outputs = call.outputs + 4 * place * group * size
         _add_values(call, lists, num_tiles, num_picked, weights, outputs)
         ended = call.ended + 8 * laid
         if count_up(ended) == parts - 1:
