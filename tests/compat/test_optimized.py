@@ -23,7 +23,7 @@ from vllm_avl.plan import make_plan
 plan = make_plan(600, [(5, 581)], 32, AVLConfig())
 manager = AVLManager.__new__(AVLManager)
 manager.block_pool = BlockPool(40, False, 32)
-manager.enable_caching = False
+manager.enable_caching, manager.writes_prompts = False, True
 manager.adapted = {"a": Adapted(SimpleNamespace(request_id="a"), plan)}
 manager.req_to_blocks = {"a": manager.block_pool.get_new_blocks(19)}
 for block in manager.req_to_blocks["a"][:12]:

@@ -181,7 +181,8 @@ def test_drafts_where_all_that_is_stored_is_read(settings):
 
 
 def test_drafters_of_this_vllm_are_known():
-    assert set(support.CACHELESS_DRAFTERS) < METHODS
+    # 0.33 has no Medusa any more.
+    assert set(support.CACHELESS_DRAFTERS) - METHODS <= {"medusa"}
 
 
 def served(**options):

@@ -124,10 +124,12 @@ def counts(record: Record, block_size: int) -> dict[str, int] | None:
     plan, num_tokens = record.decision, record.num_tokens
     if plan is None or num_tokens is None:
         return None
-    is_adapted = isinstance(plan, Plan)
-    freed = plan.num_freed_blocks(num_tokens) if isinstance(plan, Plan) else 0
+    freed = 0
+    if isinstance(plan, Plan):
+        # Of the adapted cache group, which may have blocks of another size.
+        freed, block_size = plan.num_freed_blocks(num_tokens), plan.block_size
     return {
-        "requests_adapted": int(is_adapted),
+        "requests_adapted": int(isinstance(plan, Plan)),
         "blocks_held": -(-num_tokens // block_size) - freed,
         "blocks_freed": freed,
     }
