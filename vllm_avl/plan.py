@@ -187,7 +187,8 @@ class Compaction:
 
     plan: Plan
     block_ids: tuple[int, ...]
-    """[num_stored_blocks] where kept rows go, as the block manager counts blocks."""
+    """[num_stored_blocks] where kept rows go, as the block manager counts blocks; the
+    prompt's full blocks where these stay in them."""
     in_place: bool
     """Whether some of these are among the prompt's blocks, and rows move in them."""
     num_copied: int
