@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import get_args
 
 import pytest
+import vllm
 from vllm.config.cache import CacheDType
 from vllm.config.speculative import SpeculativeMethod
 from vllm.engine.arg_utils import EngineArgs
@@ -182,7 +183,9 @@ def test_drafts_where_all_that_is_stored_is_read(settings):
 
 def test_drafters_of_this_vllm_are_known():
     # 0.33 has no Medusa any more.
-    assert set(support.CACHELESS_DRAFTERS) - METHODS <= {"medusa"}
+    gone = set() if vllm.__version__.startswith("0.32") else {"medusa"}
+    assert set(support.CACHELESS_DRAFTERS) - gone < METHODS
+    assert not gone & METHODS
 
 
 def served(**options):

@@ -274,6 +274,9 @@ class Layer:
         rows = state.layers[self.index]
         if plan.text_window is not None:
             rows.extend(task.num_tokens)
+            if rows.kept is not None:
+                # Both masks are as wide as the rows that are known.
+                self._keep(task, rows, rows.kept)
         num_slots = rows.num_slots
         if task.attended:
             attention = self.cache.seen(task, num_slots)
@@ -344,7 +347,6 @@ class Layer:
         mask = mask.expand(len(rows.positions), -1).contiguous()
         stays = rows.stays()
         if stays is not None:
-            self._keep(task, rows, stays)
             mask = rows.over_slots(mask) & stays
         self.cache.set_core(task, self.index, rows, mask)
         state.masks(mask.shape[1])
@@ -354,7 +356,7 @@ class Layer:
     def _keep(self, task: Task, rows: LayerRows, mask: torch.Tensor) -> None:
         """Let `mask` be what stays of a shared prompt and what follows it."""
         state = task.state
-        rows.kept = mask.expand(len(rows.positions), -1).contiguous()
+        rows.kept = rows.over_slots(mask).contiguous()
         address = rows.kept.data_ptr()
         state.seats.set_mask(self.index, state.seat, address, of_kept=True)
         if not state.plan.has_core:

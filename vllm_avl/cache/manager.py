@@ -93,6 +93,8 @@ class AVLManager(FullAttentionManager):
         needed = super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, *args, **kwargs
         )
+        if not self.copies_shared:
+            return needed
         hits = {block.block_id for block in new_computed_blocks if block.ref_cnt}
         needed += sum(self._num_lacking(name, hits) for name in self._ending)
         if self._ends_at(request_id, num_tokens):
@@ -112,8 +114,9 @@ class AVLManager(FullAttentionManager):
         if self._ends_at(request_id, num_tokens):
             self.adapted[request_id].ends = True
             self._ending.append(request_id)
-        for name in self._ending:
-            self._take_private(name, self._num_lacking(name, ()))
+        if self.copies_shared:
+            for name in self._ending:
+                self._take_private(name, self._num_lacking(name, ()))
         return new
 
     def take_compactions(self, scheduled: dict[str, int]) -> dict[str, Compaction]:
