@@ -1,6 +1,8 @@
 # make setup | demo | serve | test | compat | lint | bench. CPU set-up; with CUDA, `pip install vllm-avl` is all.
 PYTHON_BIN := .venv/bin/python
 VLLM := 0.33.0
+# Every process of the tests would compile all of vLLM anew.
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help setup demo serve test compat lint bench clean
 
 help:

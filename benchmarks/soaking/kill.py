@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,9 @@ NUM_CLIENTS = 6
 NUM_TOKENS = 1500
 LIMIT_SECONDS = 120.0
 ORPHAN_SECONDS = 30.0
+WHOLE = "whole"
+"""An answer that was at its end before the process was killed."""
+CUT = "cut: "
 
 
 def kill(server: Server, title: str, ledger: Ledger) -> None:
@@ -30,12 +34,13 @@ def kill(server: Server, title: str, ledger: Ledger) -> None:
     ledger.count("faults")
     all_processes = processes(server)
     victim = named(server, title)
-    pool = ThreadPoolExecutor(NUM_CLIENTS)
+    pool, begun = ThreadPoolExecutor(NUM_CLIENTS), threading.Event()
     clients = [
-        pool.submit(_ask, server, picture, stream=picture % 2 == 0)
+        pool.submit(_ask, server, picture, begun, stream=picture % 2 == 0)
         for picture in range(NUM_CLIENTS)
     ]
-    _until(lambda: server.metric("vllm:num_requests_running") >= 2, LIMIT_SECONDS)
+    # A fast server has answered everybody before /metrics says that it is at it.
+    ledger.check(begun.wait(LIMIT_SECONDS), f"{title}: an answer begins")
     start = time.monotonic()
     victim.send_signal(signal.SIGKILL)
     _check_clients(clients, start, ledger)
@@ -50,32 +55,46 @@ def kill(server: Server, title: str, ledger: Ledger) -> None:
     ledger.check(not orphans, f"{title} killed: no process is left, not {orphans}")
 
 
-def _ask(server: Server, picture: int, *, stream: bool) -> str:
-    """Ask for an answer too long to finish; return the error that came instead."""
+def _ask(server: Server, picture: int, begun: threading.Event, *, stream: bool) -> str:
+    """Ask for a long answer; return how it ended.
+
+    Sets `begun` when the first tokens of a streamed answer have come.
+
+    Returns:
+        The error that came, `WHOLE`, or the end of what came without either.
+    """
     question = body(server, [picture], max_tokens=NUM_TOKENS, stream=stream)
     url = f"{server.url}/v1/chat/completions"
     try:
         with server.http.stream("POST", url, json=question, timeout=600) as answer:
-            text = "".join(answer.iter_text())
+            text = ""
+            for piece in answer.iter_text():
+                text += piece
+                if '"content"' in piece:
+                    begun.set()
     except httpx.HTTPError as error:
         return repr(error)
-    if answer.status_code == 200 and '"error"' not in text:
-        return ""
-    return text[-300:]
+    if '"finish_reason":"length"' in text:
+        return WHOLE
+    is_told = answer.status_code != 200 or '"error"' in text
+    return text[-300:] if is_told else CUT + text[-300:]
 
 
 def _check_clients(
     clients: Sequence[Future[str]], start: float, ledger: Ledger
 ) -> None:
+    answers = []
     for client in clients:
         left = LIMIT_SECONDS - (time.monotonic() - start)
         try:
-            error = client.result(max(left, 0))
+            answers.append(client.result(max(left, 0)))
         except FutureTimeoutError:
             ledger.check(False, f"killed: a client hears in {LIMIT_SECONDS:.0f} s")
-            continue
-        if ledger.check(error != "", "killed: a cut answer is no success"):
-            ledger.count("refused with the reason")
+    for answer in answers:
+        is_told = not answer.startswith(CUT)
+        ledger.check(is_told, f"killed: a cut answer is no success: {answer!r}")
+        ledger.count("refused with the reason", is_told and answer != WHOLE)
+    ledger.check(set(answers) != {WHOLE}, "killed: some answer was under way")
     ledger.count("seconds to the last client", time.monotonic() - start)
 
 

@@ -12,6 +12,7 @@ FACTS = {
     "adapted": True,
     "policy": "avl",
     "block_size": 32,
+    "shares_prompt": False,
     "vision_tokens": 576,
     "vision_tokens_stored": 320,
     "vision_tokens_core": 192,
@@ -66,7 +67,7 @@ def test_why_a_request_was_left_alone(server):
 
 def test_policies_that_rank_any_token_leave_out_what_they_do_not_know(server):
     said = facts(ask(server, 1, avl_policy="snapkv").avl)
-    assert said == [{k: FACTS[k] for k in list(FACTS)[:4]} | {"policy": "snapkv"}]
+    assert said == [{k: FACTS[k] for k in list(FACTS)[:5]} | {"policy": "snapkv"}]
 
 
 def test_several_answers_are_several_requests(server):

@@ -144,6 +144,7 @@ def facts(record: Record) -> dict[str, Any]:
         "adapted": True,
         "policy": plan.config.policy,
         "block_size": plan.block_size,
+        "shares_prompt": plan.shares,
         "vision_tokens": count(plan.vision_ranges),
     }
     if not POLICIES[plan.config.policy].ranks_text:

@@ -13,12 +13,8 @@ def random_image(seed: int, width: int = 336, height: int = 336) -> Image.Image:
     def integers(high: int, count: int) -> list[int]:
         return torch.randint(high, (count,), generator=generator).tolist()
 
-    corners = torch.randint(256, (1, 3, 2, 2), generator=generator).float()
-    gradient = torch.nn.functional.interpolate(
-        corners, size=(height, width), mode="bilinear", align_corners=True
-    )
-    pixels = gradient[0].permute(1, 2, 0).to(torch.uint8).contiguous()
-    image = Image.fromarray(pixels.numpy())
+    corners = torch.randint(256, (3, 2, 2), generator=generator)
+    image = Image.fromarray(_gradient(corners, width, height).numpy())
     draw = ImageDraw.Draw(image)
     for index in range(NUM_SHAPES):
         x, y = integers(width, 1)[0], integers(height, 1)[0]
@@ -28,3 +24,13 @@ def random_image(seed: int, width: int = 336, height: int = 336) -> Image.Image:
         shape = draw.rectangle if index % 2 else draw.ellipse
         shape(box, fill=(red, green, blue))
     return image
+
+
+def _gradient(corners: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    """Spread colours from the corners; in integers: floats depend on the threads."""
+    right, below = torch.arange(width), torch.arange(height)[:, None]
+    left, above = width - 1 - right, height - 1 - below
+    weights = torch.stack((above * left, above * right, below * left, below * right))
+    total = max(width - 1, 1) * max(height - 1, 1)
+    mixed = torch.einsum("ck,khw->hwc", corners.flatten(1), weights) // total
+    return mixed.to(torch.uint8)
