@@ -108,6 +108,8 @@ REFUSALS = (
 
 CACHELESS_DRAFTERS = ("ngram", "ngram_gpu", "suffix", "medusa", "custom_class")
 """Methods of speculative decoding that draft without a KV cache of their own."""
+ADAPTED_DRAFTERS = ("eagle", "eagle3")
+"""Methods whose own layers are adapted like the model's, on a CPU."""
 
 
 def refuse_platform(name: str) -> NoReturn:
@@ -162,7 +164,7 @@ def check_config(vllm_config: Any, avl_config: AVLConfig) -> None:
     device_type = vllm_config.device_config.device_type
     _check_cache(vllm_config.cache_config.cache_dtype, device_type)
     if vllm_config.speculative_config is not None:
-        _check_drafts(vllm_config.speculative_config.method, avl_config)
+        _check_drafts(vllm_config.speculative_config, device_type, avl_config)
     _check_chunks(vllm_config.scheduler_config, avl_config)
 
 
@@ -177,21 +179,40 @@ def _check_cache(dtype: str, device_type: str) -> None:
         )
 
 
-def _check_drafts(method: str, avl_config: AVLConfig) -> None:
-    # A drafter's own layers would read, in a cache group of ours, what is freed.
-    if method not in CACHELESS_DRAFTERS:
+def _check_drafts(drafts: Any, device_type: str, avl_config: AVLConfig) -> None:
+    # On CUDA a drafter's own layers would read, in our cache group, what is freed.
+    methods = CACHELESS_DRAFTERS + (ADAPTED_DRAFTERS if device_type == "cpu" else ())
+    if drafts.method not in methods:
         raise UnsupportedError(
-            f"{BACKEND} does not support speculative decoding by {method!r}, which has "
-            f"a KV cache of its own or is untried; let the method in "
-            f"--speculative-config be {', '.join(CACHELESS_DRAFTERS[:-1])} or "
-            f"{CACHELESS_DRAFTERS[-1]}, {WAY_OUT}"
+            f"{BACKEND} does not support speculative decoding by {drafts.method!r} on "
+            f"{device_type} devices, where it has a KV cache of its own or is untried; "
+            f"let the method in --speculative-config be {', '.join(methods[:-1])} or "
+            f"{methods[-1]}, {WAY_OUT}"
         )
+    if drafts.method in ADAPTED_DRAFTERS:
+        _check_adapted_drafter(drafts)
     if not avl_config.reads_all:
         raise UnsupportedError(
             f"{BACKEND} supports speculative decoding where all that is stored is "
             f"read: {_reading(avl_config)}; leave vision_core_ratio and "
             f"text_keep_ratio out, drop --speculative-config, {WAY_OUT}"
         )
+
+
+def _check_adapted_drafter(drafts: Any) -> None:
+    backend = drafts.attention_backend
+    found = {
+        "parallel_drafting": drafts.parallel_drafting,
+        "attention_backend": backend is not None and backend.name != "AVL",
+        "kv_cache_dtype": drafts.kv_cache_dtype is not None,
+    }
+    for field, is_set in found.items():
+        if is_set:
+            raise UnsupportedError(
+                f"{BACKEND} adapts the layers of the drafter like the model's, and "
+                f"does not support {field} = {getattr(drafts, field)!r} in "
+                f"--speculative-config; leave it out, {WAY_OUT}"
+            )
 
 
 def check_drafted_request(avl_config: AVLConfig) -> None:

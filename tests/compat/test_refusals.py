@@ -151,8 +151,15 @@ def test_the_supported_configuration_starts():
     support.check_config(settings(**connecting("ExampleConnector")), AVLConfig())
 
 
-def drafting(method):
-    return settings(speculative_config=SimpleNamespace(method=method))
+def drafting(method, device="cuda", **more):
+    plain = {
+        "parallel_drafting": False,
+        "attention_backend": None,
+        "kv_cache_dtype": None,
+    }
+    drafts = SimpleNamespace(method=method, **(plain | more))
+    config = {"device_config__device_type": device, "speculative_config": drafts}
+    return settings(**config)
 
 
 METHODS = {
@@ -160,13 +167,32 @@ METHODS = {
 }
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_drafters_go_by_whether_they_have_a_cache(method):
-    if method in support.CACHELESS_DRAFTERS:
-        support.check_config(drafting(method), AVLConfig())
+def test_drafters_go_by_whether_they_have_a_cache(method, device):
+    supported = support.CACHELESS_DRAFTERS
+    if device == "cpu":
+        supported += support.ADAPTED_DRAFTERS
+    if method in supported:
+        support.check_config(drafting(method, device), AVLConfig())
         return
     with pytest.raises(UnsupportedError, match=f"speculative decoding by '{method}'"):
-        support.check_config(drafting(method), AVLConfig())
+        support.check_config(drafting(method, device), AVLConfig())
+
+
+@pytest.mark.parametrize("method", support.ADAPTED_DRAFTERS)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("parallel_drafting", True),
+        ("attention_backend", AttentionBackendEnum.CPU_ATTN),
+        ("kv_cache_dtype", "fp8"),
+    ],
+)
+def test_what_an_adapted_drafter_may_not_have(method, field, value):
+    config = drafting(method, "cpu", **{field: value})
+    with pytest.raises(UnsupportedError, match=re.escape(f"{field} = {value!r}")):
+        support.check_config(config, AVLConfig())
 
 
 @pytest.mark.parametrize(
@@ -184,7 +210,8 @@ def test_drafts_where_all_that_is_stored_is_read(settings):
 def test_drafters_of_this_vllm_are_known():
     # 0.33 has no Medusa any more.
     gone = set() if vllm.__version__.startswith("0.32") else {"medusa"}
-    assert set(support.CACHELESS_DRAFTERS) - gone < METHODS
+    known = {*support.CACHELESS_DRAFTERS, *support.ADAPTED_DRAFTERS}
+    assert known - gone < METHODS
     assert not gone & METHODS
 
 

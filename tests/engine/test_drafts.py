@@ -8,6 +8,7 @@ from sequences import play
 
 from vllm_avl.testing import models
 from vllm_avl.testing.engine import Ask, Engine
+from vllm_avl.testing.models import drafters
 
 NGRAM = {
     "method": "ngram",
@@ -44,15 +45,37 @@ NUM_SEQUENCES = 40
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def checkpoint(tmp_path_factory):
+    return models.build("llava", tmp_path_factory.mktemp("tiny") / "llava", SIZE)
+
+
+@pytest.fixture(scope="module")
+def eagle(checkpoint):
+    """Options of an engine with a drafter that has a layer of its own."""
+    drafter = drafters.build("eagle", checkpoint, checkpoint.parent / "eagle")
+    return {
+        "num_layers": SIZE.num_layers + 1,
+        # Of 500 for all, the second of two pictures would find no room in stock's
+        # encoder cache, and wait for ever.
+        "max_num_batched_tokens": 1300,
+        "long_prefill_token_threshold": 500,
+        "speculative_config": {
+            "method": "eagle",
+            "model": str(drafter),
+            "num_speculative_tokens": 3,
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def start(checkpoint):
     """Start engines over one small checkpoint with so many blocks."""
-    checkpoint = models.build("llava", tmp_path_factory.mktemp("tiny") / "llava", SIZE)
     engines = []
 
-    def start(num_blocks=60, **options):
+    def start(num_blocks=60, num_layers=SIZE.num_layers, **options):
         defaults = {
-            # 512 bytes a token, and the null block.
-            "kv_cache_memory_bytes": (num_blocks + 1) * 32 * 512,
+            # 256 bytes a token and layer, and the null block.
+            "kv_cache_memory_bytes": (num_blocks + 1) * 32 * 256 * num_layers,
             "max_model_len": 1370,
             "max_num_seqs": 6,
             "max_num_batched_tokens": 500,
@@ -86,6 +109,23 @@ def teach(engine, ask, answer):
 @pytest.mark.parametrize("drafts", [CONFIG, NGRAM], ids=lambda c: c["method"])
 def test_random_sequences(start, expected, drafts):
     engine = start(NUM_BLOCKS, speculative_config=drafts)
+    num_before = Scripted.num_drafts, Scripted.num_accepted
+    play_many(engine, expected)
+    if drafts is CONFIG:
+        num_drafts = Scripted.num_drafts - num_before[0]
+        share = (Scripted.num_accepted - num_before[1]) / num_drafts
+        assert num_drafts > 1000
+        assert 0.2 < share < 0.8, "all drafts are right, or all are wrong"
+
+
+def play_many(engine, expected, check=lambda asked: None):
+    """Play random sequences: every request answers as expected, and nothing is lost.
+
+    Args:
+        engine: of few blocks.
+        expected: answers by question.
+        check: called after each sequence with what was asked, by request id.
+    """
     preempted, original = set(), engine.scheduler._preempt_request
 
     def preempt(request, *args, **kwargs):
@@ -93,7 +133,6 @@ def test_random_sequences(start, expected, drafts):
         return original(request, *args, **kwargs)
 
     engine.scheduler._preempt_request = preempt
-    num_before = Scripted.num_drafts, Scripted.num_accepted
     num_aborted = 0
     for seed in range(NUM_SEQUENCES):
         asked, answers, dropped = play(engine, random.Random(seed), QUESTIONS)
@@ -103,12 +142,90 @@ def test_random_sequences(start, expected, drafts):
         num_aborted += len(dropped)
         pool = engine.scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, seed
+        check(asked)
     assert min(len(preempted), num_aborted) > 3, "the sequences are too tame"
-    if drafts is CONFIG:
-        num_drafts = Scripted.num_drafts - num_before[0]
-        share = (Scripted.num_accepted - num_before[1]) / num_drafts
-        assert num_drafts > 1000
-        assert 0.2 < share < 0.8, "all drafts are right, or all are wrong"
+
+
+class Drafted:
+    """Notes what an engine has drafted behind each beginning of an answer."""
+
+    def __init__(self, engine):
+        self._engine, self._step = engine, engine.step
+        self._noted = []
+        engine.step = self._noting
+
+    def _noting(self):
+        finished = self._step()
+        for request in self._engine.scheduler.running:
+            said = tuple(request.output_token_ids)
+            if said:
+                name = request.request_id.rpartition("-")[0]
+                self._noted.append((name, said, tuple(request.spec_token_ids)))
+        return finished
+
+    def take(self, asked):
+        """Drafts by question and beginning of the answer, since they were last taken.
+
+        Args:
+            asked: questions by request id.
+        """
+        found = {(asked[name], said): drafts for name, said, drafts in self._noted}
+        self._noted.clear()
+        return found
+
+
+def test_a_drafter_with_layers_of_its_own(start, expected, eagle):
+    """What it drafts tells whether its layers read what is theirs, and nothing else."""
+    alone, engine = start(**eagle), start(NUM_BLOCKS, **eagle)
+    wanted, drafted = {}, Drafted(alone)
+    for ask in QUESTIONS:
+        alone.llm.reset_prefix_cache()
+        alone.add("one", ask)
+        while alone.llm.llm_engine.has_unfinished_requests():
+            alone.step()
+        wanted |= drafted.take({"one": ask})
+    num_compared, drafted = 0, Drafted(engine)
+
+    def check(asked):
+        nonlocal num_compared
+        for key, drafts in drafted.take(asked).items():
+            # None are asked for of a request that a step leaves out.
+            if drafts and wanted.get(key):
+                num_compared += 1
+                assert drafts == wanted[key], key
+
+    play_many(engine, expected, check)
+    assert num_compared > 1000
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_eagle3(checkpoints, tmp_path, name):
+    target = checkpoints(name)
+    drafter = drafters.build("eagle3", target, tmp_path / "drafter")
+    drafts = {"method": "eagle3", "model": str(drafter), "num_speculative_tokens": 3}
+    asks = [
+        Ask((1,), "What is it?", 30),
+        Ask((1, 2), "Why?", 20, (("avl_store_ratio", 0.2),)),
+        Ask((), "And now?", 30),
+        Ask((1,), "What is it? And where?", 30),
+    ]
+    plain = Engine(target, name)
+    wanted = [plain.alone(ask) for ask in asks]
+    plain.shutdown()
+    engine = Engine(target, name, speculative_config=drafts)
+    drafted = Drafted(engine)
+    assert engine.ask(asks) == wanted
+    for index, ask in enumerate(asks):
+        engine.add(f"{index}", ask)
+    answers = {}
+    while engine.llm.llm_engine.has_unfinished_requests():
+        engine.poison_free_blocks()
+        answers |= engine.step()
+        engine.check_integrity()
+    assert [answers[f"{index}"] for index in range(len(asks))] == wanted
+    noted = drafted.take({f"{index}": ask for index, ask in enumerate(asks)})
+    assert any(noted.values())
+    engine.shutdown()
 
 
 def test_everything_stored_is_stock_with_drafts(start, expected):

@@ -26,7 +26,7 @@ from vllm_avl.backend.layer import Layer
 from vllm_avl.backend.ranks import RANKS
 from vllm_avl.backend.request import Task
 from vllm_avl.backend.seats import Seats, SeatTable
-from vllm_avl.backend.step import StepRows, current_step
+from vllm_avl.backend.step import StepRows, current_step, executing
 from vllm_avl.backend.view import make_tasks, stored_table_on_cpu
 from vllm_avl.cache.spec import AVLSpec, adapt
 from vllm_avl.kernels.cpu.attention import DecodeRows
@@ -110,6 +110,20 @@ class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
             sizes = query_starts, self.block_size
             tasks = make_tasks(rows, block_table, stored, *sizes)
         return AVLMetadata(**vars(metadata), tasks=tasks, attended=attended)
+
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> CPUAttentionMetadata:
+        """Build what a drafter's own layers read.
+
+        Its first pass is over the step's tokens, and works as the step does; those
+        behind it are a token each, behind what the first has stored.
+        """
+        step = current_step()
+        if draft_index and step is not None:
+            step = step.continued
+        with executing(step):
+            return self.build(0, common_attn_metadata, fast_build=True)
 
 
 def _attended(

@@ -190,6 +190,18 @@ class Step:
     def _states(self) -> list[RequestState]:
         return [self.requests.running[name] for name in self.index]
 
+    @cached_property
+    def continued(self) -> Step:
+        """The step as a drafter goes on behind it: all prompts have ended."""
+        return Step(
+            self.requests,
+            self.index,
+            self.seats,
+            self.num_tokens,
+            self.num_tokens + 1,
+            self.row_ids,
+        )
+
     def end(self) -> None:
         """Note what the step did, for those that follow."""
         records = self.requests.seats.records

@@ -21,7 +21,7 @@ from vllm_avl.backend.introspection import (
     summarize,
 )
 from vllm_avl.backend.request import Kernels
-from vllm_avl.backend.step import WorkerRequests, executing
+from vllm_avl.backend.step import Step, WorkerRequests, executing
 from vllm_avl.cache.spec import AVLSpec, our_group
 from vllm_avl.compat import worker_patches
 from vllm_avl.compat.counted import CountedOutput
@@ -38,6 +38,7 @@ class AVLWorker(Worker):
         super().__init__(*args, **kwargs)
         self._avl_requests = WorkerRequests()
         self._avl_num_drafts: dict[str, int] = {}
+        self._avl_step: Step | None = None
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Refuse cache groups that are not ours, then allocate."""
@@ -72,13 +73,16 @@ class AVLWorker(Worker):
             output = super().execute_model(scheduler_output)
         if step is not None:
             step.end()
+        self._avl_step = step
         drafts = scheduler_output.scheduled_spec_decode_tokens
         self._avl_num_drafts = {name: len(tokens) for name, tokens in drafts.items()}
         return output
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample, and let the step's counts travel with its tokens."""
-        output = super().sample_tokens(grammar_output)
+        # A drafter's layers run behind it, and are layers of the step.
+        with executing(self._avl_step):
+            output = super().sample_tokens(grammar_output)
         counts = self._avl_requests.counts.take()
         if isinstance(output, AsyncModelRunnerOutput):
             # What it rejects is known behind the next step only, and reports of

@@ -1,0 +1,98 @@
+"""Small EAGLE drafters for the checkpoints of this package.
+
+Nobody has trained them: they pass the target's hidden state on, with something of what
+their layer attends to, and draft what the target's output layer makes of it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaModel
+
+QK_GAIN, ATTENTION_GAIN, MLP_GAIN, EMBEDDING_GAIN = 1.6, 0.5, 0.2, 0.3
+AUXILIARY = (1, 2)
+"""Layers of the target whose states EAGLE-3 sees."""
+
+
+@torch.no_grad()
+def build(method: str, target: Path, out_dir: Path, seed: int = 0) -> Path:
+    """Writes a drafter of one layer.
+
+    Args:
+        method: vLLM's name: eagle or eagle3.
+        target: the checkpoint that it drafts for.
+        out_dir: to write.
+        seed: of the weights.
+
+    Returns:
+        `out_dir`.
+    """
+    text = json.loads((target / "config.json").read_text())["text_config"]
+    fields = LlamaConfig().to_dict()
+    known = {name: value for name, value in text.items() if name in fields}
+    known |= {"num_hidden_layers": 1, "model_type": "llama", "rope_parameters": None}
+    config = LlamaConfig(**known)
+    config.architectures = ["LlamaForCausalLM"]
+    generator = torch.Generator().manual_seed(seed)
+    weights = _layer(config, generator)
+    mixed = EMBEDDING_GAIN * _normal(generator, config.hidden_size, config.hidden_size)
+    weights["fc.weight"] = torch.cat([mixed, torch.eye(config.hidden_size)], 1)
+    if method == "eagle":
+        # It has no norm in front of its first layer.
+        del weights["layers.0.input_layernorm.weight"]
+    else:
+        weights = _of_eagle3(weights, target, generator)
+        config.architectures = ["LlamaForCausalLMEagle3"]
+        config.eagle_config = {"eagle_aux_hidden_state_layer_ids": AUXILIARY}
+    out_dir.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(out_dir)
+    save_file(weights, out_dir / "model.safetensors", metadata={"format": "pt"})
+    return out_dir
+
+
+def _layer(config: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    weights = {}
+    gains = {
+        "q_proj": QK_GAIN,
+        "k_proj": QK_GAIN,
+        "o_proj": ATTENTION_GAIN,
+        "down_proj": MLP_GAIN,
+    }
+    for name, weight in LlamaModel(config).named_parameters():
+        if not name.startswith("layers."):
+            continue
+        if weight.dim() == 2:
+            gain = gains.get(name.split(".")[-2], 1.0)
+            weight = gain * _normal(generator, *weight.shape)
+        weights[name] = weight.clone()
+    return weights
+
+
+def _of_eagle3(
+    weights: dict[str, torch.Tensor], target: Path, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Its layer attends by token and state, and it has an output layer of its own."""
+    weights = {name.replace("layers.0", "midlayer"): w for name, w in weights.items()}
+    for part in ("q_proj", "k_proj", "v_proj"):
+        name = f"midlayer.self_attn.{part}.weight"
+        rows, columns = weights[name].shape
+        weights[name] = QK_GAIN * _normal(generator, rows, 2 * columns)
+    norm = weights["midlayer.input_layernorm.weight"]
+    weights |= {
+        "midlayer.hidden_norm.weight": norm.clone(),
+        "norm.weight": norm.clone(),
+    }
+    with safe_open(target / "model.safetensors", "pt") as file:
+        (head,) = (name for name in file.keys() if "lm_head" in name)  # noqa: SIM118
+        weights["lm_head.weight"] = file.get_tensor(head)
+    return weights
+
+
+def _normal(generator: torch.Generator, rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=generator) / columns**0.5
