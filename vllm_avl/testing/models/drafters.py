@@ -33,12 +33,7 @@ def build(method: str, target: Path, out_dir: Path, seed: int = 0) -> Path:
     Returns:
         `out_dir`.
     """
-    text = json.loads((target / "config.json").read_text())["text_config"]
-    fields = LlamaConfig().to_dict()
-    known = {name: value for name, value in text.items() if name in fields}
-    known |= {"num_hidden_layers": 1, "model_type": "llama", "rope_parameters": None}
-    config = LlamaConfig(**known)
-    config.architectures = ["LlamaForCausalLM"]
+    config = config_for(target)
     generator = torch.Generator().manual_seed(seed)
     weights = _layer(config, generator)
     mixed = EMBEDDING_GAIN * _normal(generator, config.hidden_size, config.hidden_size)
@@ -50,6 +45,22 @@ def build(method: str, target: Path, out_dir: Path, seed: int = 0) -> Path:
         weights = _of_eagle3(weights, target, generator)
         config.architectures = ["LlamaForCausalLMEagle3"]
         config.eagle_config = {"eagle_aux_hidden_state_layer_ids": AUXILIARY}
+    return save(config, weights, out_dir)
+
+
+def config_for(target: Path) -> LlamaConfig:
+    """Return the configuration of a drafter of one layer for a checkpoint."""
+    text = json.loads((target / "config.json").read_text())["text_config"]
+    fields = LlamaConfig().to_dict()
+    known = {name: value for name, value in text.items() if name in fields}
+    known |= {"num_hidden_layers": 1, "model_type": "llama", "rope_parameters": None}
+    config = LlamaConfig(**known)
+    config.architectures = ["LlamaForCausalLM"]
+    return config
+
+
+def save(config: LlamaConfig, weights: dict[str, torch.Tensor], out_dir: Path) -> Path:
+    """Write a checkpoint that vLLM reads as a drafter; return its folder."""
     out_dir.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(out_dir)
     save_file(weights, out_dir / "model.safetensors", metadata={"format": "pt"})
