@@ -24,9 +24,12 @@ SCHEMA = {
     "required": ["kind", "sure"],
     "additionalProperties": False,
 }
-SHORT = {"max_tokens": 100, "ignore_eos": False}
+SHORT = {"max_tokens": 400, "ignore_eos": False}
 """An answer may end where its grammar does."""
-TOOL = {"type": "function", "function": {"name": "sort", "parameters": SCHEMA}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "sort", "parameters": SCHEMA, "strict": True},
+}
 
 
 @pytest.fixture(scope="module")
