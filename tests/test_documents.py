@@ -1,7 +1,9 @@
 """Figures in the documents that follow from the plan."""
 
+import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,53 @@ def test_what_blocks_of_a_size_bring():
         [sys.executable, script], capture_output=True, text=True, check=True
     ).stdout
     assert table in (ROOT / "docs" / "hybrids.md").read_text()
+
+
+SOURCES = ("vllm_avl", "kernels", "benchmarks", "tests", "deploy", ".ci")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+FILE = re.compile(r"`([\w./-]+\.(?:py|sh|yaml|json|csv|toml))`")
+NAME = re.compile(r"`(?:\w+\.)*(\w*[a-z]_[a-z]\w*|(?<=\.)[a-z]\w*)(?:\(\))?`")
+"""What has an underscore, or follows a dot."""
+ELSEWHERE = {"values.schema.json"}
+"""Of the production stack's chart."""
+
+
+@pytest.fixture(scope="module")
+def sources():
+    """Texts of all files of the repository but documents and data, by path."""
+    files = [ROOT / "pyproject.toml", ROOT / "Makefile"]
+    for folder in SOURCES:
+        files += (ROOT / folder).rglob("*")
+    ends = (".py", ".sh", ".yaml", ".yml", ".json", ".js", ".toml", "", ".cpu", ".csv")
+    return {
+        f"/{file.relative_to(ROOT).as_posix()}": file.read_text()
+        for file in files
+        if file.is_file() and file.suffix in ends and "__pycache__" not in file.parts
+    }
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_in_documents_exist(document, sources):
+    """In the repository, in vLLM, or written by one of our programs."""
+    vllm = Path(find_spec("vllm").origin).parent
+    text = "".join(sources.values())
+    for name in set(FILE.findall(document.read_text())) - ELSEWHERE:
+        is_ours = any(path.endswith(f"/{name.lstrip('/')}") for path in sources)
+        is_written = name in text
+        is_vllms = not is_ours and not is_written and any(vllm.rglob(name))
+        assert is_ours or is_written or is_vllms, name
+
+
+@pytest.fixture(scope="module")
+def words(sources):
+    """Every word of the repository's sources, and of vLLM's configuration."""
+    vllm = Path(find_spec("vllm").origin).parent
+    texts = [*sources.values(), *(p.read_text() for p in vllm.glob("config/*.py"))]
+    return {word for text in texts for word in re.findall(r"\w+", text)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_names_in_documents_exist(document, words):
+    prose = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    names = {name.removeprefix(PREFIX) for name in NAME.findall(prose)}
+    assert not names - words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 
 def register() -> None:
@@ -26,4 +27,12 @@ def register() -> None:
         return
     # The name last: it is what says that all of this is done.
     patches.apply_all()
-    registry.register_all()
+    registry.register_all(restore)
+
+
+def restore() -> Any:
+    """Return the name to a process that unpickles it before plug-ins load."""
+    from vllm_avl.compat import registry
+
+    register()
+    return registry.member()

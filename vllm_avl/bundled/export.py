@@ -9,7 +9,8 @@ import transformers
 
 from vllm_avl.bundled import WEIGHTS
 from vllm_avl.bundled.architecture import make_processor
-from vllm_avl.bundled.sizes import SIZES, Size, tiny
+from vllm_avl.bundled.size import Size
+from vllm_avl.bundled.sizes import SIZES, tiny
 from vllm_avl.bundled.train import CHECKPOINT
 from vllm_avl.bundled.trained import load_trained
 from vllm_avl.testing.models.weights import restore_clip_names

@@ -1,43 +1,13 @@
 """The sizes of the bundled model: all in which they differ."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from vllm_avl.bundled import schedule
 from vllm_avl.bundled.architecture import make_config, make_model
-from vllm_avl.bundled.schedule import Rates, Stage
+from vllm_avl.bundled.size import Size
 from vllm_avl.bundled.tokens import WORDING, make_tokenizer
-from vllm_avl.bundled.wording import Wording
-
-
-@dataclass(frozen=True)
-class Size:
-    """One size. Its checkpoints hold the weights that it trains, and no others.
-
-    Attributes:
-        name: As the command lines take it.
-        make: Gives the tokenizer and, for a seed, the model before training, its
-            frozen weights without a gradient.
-        finish: Turns the trained model, in place, into the one that is served.
-        wording: What its prompts look like; its chat template says the same.
-        stages: What training does when.
-        rates: The highest learning rates.
-        points: Whether attention is taught where an answer is read off, which takes
-            a tokenizer that spells.
-        wants_gpu: Whether it is trained on a GPU where there is one. Elsewhere the
-            same seed gives the same weights.
-    """
-
-    name: str
-    make: Callable[[int], tuple[PreTrainedTokenizerFast, LlavaForConditionalGeneration]]
-    finish: Callable[[LlavaForConditionalGeneration], None]
-    wording: Wording
-    stages: tuple[Stage, ...]
-    rates: Rates
-    points: bool
-    wants_gpu: bool
 
 
 def tiny() -> Size:

@@ -9,7 +9,7 @@ from vllm_avl.bundled import adapters, smollm2
 from vllm_avl.bundled.architecture import llava_config, make_model, tower_config
 from vllm_avl.bundled.picture import NUM_PATCHES
 from vllm_avl.bundled.schedule import Rates, Stage
-from vllm_avl.bundled.sizes import Size
+from vllm_avl.bundled.size import Size
 from vllm_avl.bundled.tokens import IMAGE
 from vllm_avl.bundled.wording import Wording
 

@@ -24,7 +24,8 @@ from vllm_avl.bundled.learner import (
 )
 from vllm_avl.bundled.optimizers import make_optimizers
 from vllm_avl.bundled.samples import TASKS
-from vllm_avl.bundled.sizes import SIZES, Size, tiny
+from vllm_avl.bundled.size import Size
+from vllm_avl.bundled.sizes import SIZES, tiny
 from vllm_avl.bundled.trained import load_trained, trained_state
 
 MAX_NORM = 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import MethodType
+from collections.abc import Callable
 from typing import Any
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -19,14 +19,19 @@ def is_registered() -> bool:
     return NAME in AttentionBackendEnum.__members__
 
 
-def register_all() -> None:
-    """Register the back end's name and the spec's manager."""
+def register_all(restore: Callable[[], AttentionBackendEnum]) -> None:
+    """Register the back end's name and the spec's manager.
+
+    Args:
+        restore: gives `member` in a process that may know nothing of us yet; a function
+            of a module.
+    """
     # On other devices the name must be known to be refused.
     register_backend(NAME, (device() or CPU).backend)
     # Configurations are unpickled before plug-ins load: the member must bring its own
     # registration along.
-    member = AttentionBackendEnum[NAME]
-    member.__reduce_ex__ = MethodType(_reduce, member)  # type: ignore[method-assign]
+    name: Any = member()
+    name.__reduce_ex__ = lambda _protocol: (restore, ())
     # Fill the registry first: it takes a non-empty one for complete.
     KVCacheSpecRegistry.check_kv_cache_spec_registry({})
     KVCacheSpecRegistry.register(
@@ -34,13 +39,6 @@ def register_all() -> None:
     )
 
 
-def restore_member() -> AttentionBackendEnum:
-    """Unpickle the name in a process that may not know it yet."""
-    from vllm_avl.plugin import register
-
-    register()
+def member() -> AttentionBackendEnum:
+    """Return the registered name."""
     return AttentionBackendEnum[NAME]
-
-
-def _reduce(member: AttentionBackendEnum, protocol: Any) -> tuple[Any, tuple]:
-    return restore_member, ()

@@ -1,7 +1,7 @@
 """Subclasses of vLLM's schedulers, chosen through its `scheduler_cls` setting.
 
-The overridden hooks are private to vLLM: `check_seams` compares their parameters with
-the ones written here before the engine starts.
+The overridden hooks are private to vLLM: `patches.SEAMS` holds them to the parameters
+that are written here before the engine starts.
 """
 
 from __future__ import annotations
