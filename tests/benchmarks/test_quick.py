@@ -8,7 +8,7 @@ import pytest
 
 SCRIPTS = [
     *("concurrency.py", "overhead.py", "memory.py", "decode.py", "operation.py"),
-    *("turns.py", "host_time.py"),
+    *("turns.py", "host_time.py", "drafts.py"),
 ]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -21,6 +21,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
         ("memory.py", "transient_fits"),
         ("decode.py", "refresh_ratio"),
         ("operation.py", "adapted"),
+        ("drafts.py", "accepted"),
     ],
 )
 def test_quick(script, column, tmp_path):
