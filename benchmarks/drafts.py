@@ -1,9 +1,9 @@
 """Speculative decoding beside adaptive attention: what is accepted, and what it brings.
 
 Trains an EAGLE head for the bundled model (a minute and a half, once), then answers
-questions with four engines in turn, stock and adaptive, each without and with the head's
-drafts. The head's layer is adapted like the model's, so its drafts may be worse: `accepted` is
-the part of the drafts that the model agrees with.
+questions with four engines in turn, stock and adaptive, each without and with the
+head's drafts. The head's layer is adapted like the model's, so its drafts may be worse:
+`accepted` is the part of the drafts that the model agrees with.
 """
 
 from __future__ import annotations
