@@ -3,8 +3,11 @@
 from dataclasses import replace
 
 import pytest
+from fp8_caches import NEEDS_FP8
 
 from vllm_avl.testing.engine import Ask
+
+pytestmark = NEEDS_FP8
 
 HALF = {"vision_store_ratio": 0.5, "introspection": 4}
 ASKS = [

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fp8_caches import NEEDS_FP8
 
 from vllm_avl.testing.engine import Ask
 
@@ -27,7 +28,12 @@ MODES = {
 }
 
 
-@pytest.fixture(scope="module", params=MODES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(mode, marks=NEEDS_FP8 if mode == "fp8" else ()) for mode in MODES
+    ],
+)
 def pair(request, engines):
     options = MODES[request.param]
     stock = engines(avl=None, **options)

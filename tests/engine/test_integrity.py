@@ -10,6 +10,7 @@ from collections import Counter
 from functools import cache
 
 import pytest
+from fp8_caches import NEEDS_FP8
 from sequences import play
 
 from vllm_avl.testing import models
@@ -21,7 +22,10 @@ POOLS = (43, 50, 60)
 """Blocks: the longest stock request takes 41 of them."""
 CACHES = {"auto": 512, "fp8": 128}
 """Bytes of a token by the cache's dtype."""
-CASES = [*[(num_blocks, "auto") for num_blocks in POOLS], (50, "fp8")]
+CASES = [
+    *[(num_blocks, "auto") for num_blocks in POOLS],
+    pytest.param(50, "fp8", marks=NEEDS_FP8),
+]
 SIZE = models.ModelSize(
     hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_size=32
 )

@@ -1,5 +1,7 @@
 """Images that need no file."""
 
+from functools import cache
+
 import torch
 from PIL import Image, ImageDraw
 
@@ -8,13 +10,24 @@ NUM_SHAPES = 12
 
 def random_image(seed: int, width: int = 336, height: int = 336) -> Image.Image:
     """Returns an RGB image of coloured shapes on a gradient, the same for a seed."""
+    return _drawn(seed, width, height).copy()
+
+
+# The gradient's last bits depend on how many threads compute it, and each thread of a
+# process may have another number: what a process has drawn once stays as it is.
+@cache
+def _drawn(seed: int, width: int, height: int) -> Image.Image:
     generator = torch.Generator().manual_seed(seed)
 
     def integers(high: int, count: int) -> list[int]:
         return torch.randint(high, (count,), generator=generator).tolist()
 
-    corners = torch.randint(256, (3, 2, 2), generator=generator)
-    image = Image.fromarray(_gradient(corners, width, height).numpy())
+    corners = torch.randint(256, (1, 3, 2, 2), generator=generator).float()
+    gradient = torch.nn.functional.interpolate(
+        corners, size=(height, width), mode="bilinear", align_corners=True
+    )
+    pixels = gradient[0].permute(1, 2, 0).to(torch.uint8).contiguous()
+    image = Image.fromarray(pixels.numpy())
     draw = ImageDraw.Draw(image)
     for index in range(NUM_SHAPES):
         x, y = integers(width, 1)[0], integers(height, 1)[0]
@@ -24,13 +37,3 @@ def random_image(seed: int, width: int = 336, height: int = 336) -> Image.Image:
         shape = draw.rectangle if index % 2 else draw.ellipse
         shape(box, fill=(red, green, blue))
     return image
-
-
-def _gradient(corners: torch.Tensor, width: int, height: int) -> torch.Tensor:
-    """Spread colours from the corners; in integers: floats depend on the threads."""
-    right, below = torch.arange(width), torch.arange(height)[:, None]
-    left, above = width - 1 - right, height - 1 - below
-    weights = torch.stack((above * left, above * right, below * left, below * right))
-    total = max(width - 1, 1) * max(height - 1, 1)
-    mixed = torch.einsum("ck,khw->hwc", corners.flatten(1), weights) // total
-    return mixed.to(torch.uint8)
