@@ -1,4 +1,4 @@
-"""Figures in the documents that follow from the plan."""
+"""What documents say of figures, files and names is so."""
 
 import re
 import subprocess

@@ -10,7 +10,9 @@ from typing import Any, NoReturn
 from vllm_avl.config import AVLConfig
 from vllm_avl.policies import POLICIES
 
-BACKEND = "--attention-backend avl"
+NAME = "AVL"
+"""Of the back end in vLLM's registry."""
+BACKEND = f"--attention-backend {NAME.lower()}"
 WAY_OUT = f"or start without {BACKEND}"
 FP8_CACHES = ("fp8", "fp8_e4m3")
 """Quantised caches that are supported, by vLLM's names: e4m3, a scale a tensor."""
@@ -203,7 +205,7 @@ def _check_adapted_drafter(drafts: Any) -> None:
     backend = drafts.attention_backend
     found = {
         "parallel_drafting": drafts.parallel_drafting,
-        "attention_backend": backend is not None and backend.name != "AVL",
+        "attention_backend": backend is not None and backend.name != NAME,
         "kv_cache_dtype": drafts.kv_cache_dtype is not None,
     }
     for field, is_set in found.items():

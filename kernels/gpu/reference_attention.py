@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from vllm_avl.kernels.gpu.selected_attention import Refresh
 
@@ -54,7 +56,7 @@ def selected_attention(
                     values, rows, v_scale, query
                 )
                 if lse is not None:
-                    lse[token, head] = total
+                    lse[token, head] = total / math.log(2)
                 if refresh and refresh.scored[request] and token == stop - 1:
                     if head % group == 0:
                         refresh.scores[kv_head, rows] = 0

@@ -101,7 +101,8 @@ def selected_attention(
         scale: softmax scale.
         soft_cap: tanh cap on the logits, 0 for none.
         output: as query; tokens of no request are left alone.
-        lse: [num_tokens, num_heads] fp32, receives the natural log-sum-exp.
+        lse: [num_tokens, num_heads] fp32, receives the log-sum-exp to base 2, in which
+                scores are made of logits without a rounding between.
         k_scale: [1] fp32, what keys of an fp8 cache are multiplied by.
         v_scale: as k_scale, for values.
         max_query_len: no request has more query rows.
@@ -237,7 +238,7 @@ def _new_partial(query, num_splits):
 @triton.jit
 def _attention_kernel(
     output_ptr,  # [num_tokens, num_heads, num_splits, head_size]
-    lse_ptr,  # [num_tokens, num_heads, num_splits] fp32
+    lse_ptr,  # [num_tokens, num_heads, num_splits] fp32, base 2
     logits_ptr,  # [num_heads, num_blocks * block_size] fp32, base 2, or None
     query_ptr,  # [num_tokens, num_heads, head_size]
     key_cache_ptr,  # [num_blocks, num_kv_heads, block_size, head_size]
@@ -349,15 +350,15 @@ def _attention_kernel(
     output_rows = token * output_strides[0] + head * output_strides[1]
     output_ptrs = output_ptr + output_rows[:, None] + split * head_size + dims[None, :]
     tl.store(output_ptrs, mean.to(output_ptr.dtype.element_ty), mask=is_element)
-    tl.store(lse_ptr, (peak + tl.log2(total)) / LOG2_E, mask=is_row)
+    tl.store(lse_ptr, peak + tl.log2(total), mask=is_row)
 
 
 @triton.jit
 def _combine_kernel(
     output_ptr,  # [num_tokens, num_heads, head_size]
-    lse_ptr,  # [num_tokens, num_heads] fp32
+    lse_ptr,  # [num_tokens, num_heads] fp32, base 2
     split_output_ptr,  # [num_tokens, num_heads, num_splits, head_size] fp32
-    split_lse_ptr,  # [num_tokens, num_heads, num_splits] fp32
+    split_lse_ptr,  # [num_tokens, num_heads, num_splits] fp32, base 2
     query_start_loc_ptr,  # [num_reqs + 1]
     output_strides,  # token, head
     split_strides,  # token, head
@@ -379,7 +380,7 @@ def _combine_kernel(
     lse_ptrs = split_lse_ptr + lse_row * num_splits + split
     split_lse = tl.load(lse_ptrs, mask=split < num_splits, other=-float("inf"))
     peak = tl.maximum(tl.max(split_lse, 0), -1e30)
-    weights = tl.exp(split_lse - peak)
+    weights = tl.exp2(split_lse - peak)
     total = tl.sum(weights, 0)
     # An idle split has written no output.
     mask = (weights > 0)[:, None] & (dims < head_size)[None, :]
@@ -390,14 +391,14 @@ def _combine_kernel(
     output_ptr += token * output_strides[0] + head * output_strides[1]
     mean = mean.to(output_ptr.dtype.element_ty)
     tl.store(output_ptr + dims, mean, mask=dims < head_size)
-    tl.store(lse_ptr + lse_row, peak + tl.log(total))
+    tl.store(lse_ptr + lse_row, peak + tl.log2(total))
 
 
 @triton.jit
 def _normalise_kernel(
     scores_ptr,  # [num_kv_heads, num_blocks * block_size] fp32
     logits_ptr,  # [num_heads, num_blocks * block_size] fp32, base 2
-    lse_ptr,  # [num_tokens, num_heads] fp32
+    lse_ptr,  # [num_tokens, num_heads] fp32, base 2
     query_start_loc_ptr,  # [num_reqs + 1]
     seq_lens_ptr,  # [num_reqs]
     reads,  # pointers and strides, see _request_reads
@@ -421,7 +422,7 @@ def _normalise_kernel(
     head = kv_head * group + member
     num_heads = group * tl.num_programs(1)
     lse_ptrs = lse_ptr + (next_token - 1) * num_heads + head
-    lse = tl.load(lse_ptrs, mask=member < group, other=0.0) * LOG2_E
+    lse = tl.load(lse_ptrs, mask=member < group, other=0.0)
     tail_end = tl.load(seq_lens_ptr + request)
     reads = _request_reads(reads, request, kv_head, tail_end)
     logits_ptr += (head * logits_stride)[:, None]

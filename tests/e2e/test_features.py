@@ -8,9 +8,7 @@ import json
 from collections.abc import Iterator
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import Qwen2_5_VLForConditionalGeneration
+from adapters import make_adapter
 
 from vllm_avl.testing.server import Server, json_option, serve
 
@@ -118,7 +116,7 @@ def test_several_answers_are_stock(ask):
 
 
 def test_an_adapter_that_is_loaded_at_run_time(ask, server, checkpoints, tmp_path):
-    make_adapter(checkpoints("qwen2_5_vl"), tmp_path)
+    make_adapter(checkpoints("qwen2_5_vl"), tmp_path, seed=1)
     adapter = {"lora_name": "other", "lora_path": str(tmp_path)}
     plain = text(ask())
     loaded = server.http.post(f"{server.url}/v1/load_lora_adapter", json=adapter)
@@ -129,15 +127,3 @@ def test_an_adapter_that_is_loaded_at_run_time(ask, server, checkpoints, tmp_pat
     assert text(ask()) == plain
     gone = server.http.post(f"{server.url}/v1/unload_lora_adapter", json=adapter)
     assert gone.status_code == 200, gone.text
-
-
-def make_adapter(checkpoint, path):
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint)
-    config = LoraConfig(
-        r=8,
-        lora_alpha=64,
-        target_modules=r".*language_model.*\.(q_proj|v_proj|o_proj)",
-        init_lora_weights=False,
-    )
-    torch.manual_seed(1)
-    get_peft_model(model, config).save_pretrained(path)

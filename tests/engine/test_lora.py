@@ -1,9 +1,7 @@
 """LoRA adapters: adaptive requests answer through theirs, in one batch with others."""
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import LlavaForConditionalGeneration
+from adapters import make_adapter
 from vllm.lora.request import LoRARequest
 
 from vllm_avl.testing.engine import Ask, Engine
@@ -13,23 +11,12 @@ ASKS = [Ask((1,), "What is it?", 20), Ask((2, 3), "Compare the two.", 20)]
 
 @pytest.fixture(scope="module")
 def adapters(checkpoints, tmp_path_factory):
-    return [
-        make_adapter(checkpoints("llava"), tmp_path_factory.mktemp("lora"), seed)
-        for seed in (1, 2)
-    ]
-
-
-def make_adapter(checkpoint, path, seed):
-    model = LlavaForConditionalGeneration.from_pretrained(checkpoint)
-    config = LoraConfig(
-        r=8,
-        lora_alpha=64,
-        target_modules=r".*language_model.*\.(q_proj|v_proj|o_proj)",
-        init_lora_weights=False,
-    )
-    torch.manual_seed(seed)
-    get_peft_model(model, config).save_pretrained(path)
-    return LoRARequest(f"adapter-{seed}", seed, str(path))
+    made = []
+    for seed in (1, 2):
+        path = tmp_path_factory.mktemp("lora")
+        make_adapter(checkpoints("llava"), path, seed)
+        made.append(LoRARequest(f"adapter-{seed}", seed, str(path)))
+    return made
 
 
 def ask(engine, asks, adapters):

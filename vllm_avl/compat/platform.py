@@ -15,6 +15,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm_avl.config import parse_config
 from vllm_avl.support import (
     ADAPTED_DRAFTERS,
+    NAME,
     check_attention,
     check_base,
     check_config,
@@ -23,8 +24,6 @@ from vllm_avl.support import (
     refuse_platform,
     warn_of_quality,
 )
-
-NAME = "AVL"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_avl.cache.manager import AVLManager
 from vllm_avl.cache.spec import AVLSpec
-from vllm_avl.compat.platform import CPU, NAME, device
+from vllm_avl.compat.platform import CPU, device
+from vllm_avl.support import NAME
 
 
 def is_registered() -> bool:
