@@ -10,13 +10,26 @@ os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
 # Small models gain nothing from threads, and busy waiting starves parallel workers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import garbage
 import pytest
 
 from vllm_avl.testing import models
 from vllm_avl.testing.engine import Engine
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported out of every later garbage collection."""
+    gc.collect()
+    garbage.keep_modules_out()
+
+
+def pytest_unconfigure() -> None:
+    """Let the interpreter end as it does."""
+    garbage.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """Serves requests step by step, and follows them with the oracle."""
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 from oracle import Settings
@@ -28,6 +30,15 @@ def ask(which, **xargs):
 class Watched:
     def __init__(self):
         self.reports, self.tokens, self.logprobs, self.plan = {}, [], [], None
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What the oracle said of an answer, and whose it was."""
+
+    tokens: list
+    rows: dict
+    expected: list = field(default_factory=list)
 
 
 def watch(engine, asks, turn, before_step=lambda answers: None):
@@ -84,6 +95,16 @@ def compare(engine, oracle, one, answer, replayed=1):
         num_core_rows=plan.num_core_rows,
     )
     rows = {t: by_layer_and_head(r, oracle) for t, r in answer.reports.items()}
+    assert len(answer.tokens) == NUM_STEPS
+    oracle.num_ties = 0
+    key = repr((one, settings, replayed))
+    followed = oracle.followed.get(key)
+    if followed and (followed.tokens, followed.rows) == (answer.tokens, rows):
+        # The oracle would do over again what it has done.
+        for step, expected in followed.expected:
+            check_logprobs(answer, step, expected)
+        return 0
+    followed = oracle.followed[key] = Followed(answer.tokens, rows)
     steps = oracle.follow(
         engine.prompt(one)["prompt"],
         [picture(seed) for seed in one.images],
@@ -93,16 +114,19 @@ def compare(engine, oracle, one, answer, replayed=1):
         draw,
         replayed,
     )
-    oracle.num_ties = 0
-    assert len(answer.tokens) == NUM_STEPS
     for step, expected in steps:
-        for token, logprob in answer.logprobs[step].items():
-            assert logprob.logprob == pytest.approx(
-                expected[token].item(), abs=BUDGET
-            ), (step, one.xargs)
-        assert expected[answer.tokens[step]] >= expected.max() - BUDGET
+        check_logprobs(answer, step, expected)
         check_memories(oracle, rows[step], step)
+        followed.expected.append((step, expected))
     return oracle.num_ties
+
+
+def check_logprobs(answer, step, expected):
+    for token, logprob in answer.logprobs[step].items():
+        assert logprob.logprob == pytest.approx(expected[token].item(), abs=BUDGET), (
+            step
+        )
+    assert expected[answer.tokens[step]] >= expected.max() - BUDGET
 
 
 def by_layer_and_head(report, oracle):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from preloaded import serve
 
 from vllm_avl.endpoints import schema
 from vllm_avl.testing import models
@@ -16,7 +17,6 @@ from vllm_avl.testing.server import (
     Server,
     json_option,
     picture_url,
-    serve,
     user_message,
 )
 

@@ -65,6 +65,7 @@ class Memory:
 
 class Oracle:
     def __init__(self, checkpoint):
+        self.followed = {}
         AttentionInterface.register("masked", self._attend)
         self.processor = AutoProcessor.from_pretrained(checkpoint)
         self.model = AutoModelForImageTextToText.from_pretrained(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -129,11 +130,13 @@ def random_body(server: Server, rng: random.Random, **changes: Any) -> dict[str,
 
 
 def processes(server: Server) -> list[psutil.Process]:
-    """Return the server's process and all that it started."""
-    with suppress(psutil.NoSuchProcess):
-        first = psutil.Process(server.process.pid)
-        return [first, *first.children(recursive=True)]
-    return []
+    """Return the server's process and all that it started, orphans too."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getpgid(process.pid) == server.process.pid:
+                found.append(process)
+    return found
 
 
 def resident_mb(server: Server) -> float:

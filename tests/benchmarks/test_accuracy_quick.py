@@ -1,11 +1,11 @@
 """The accuracy table: it is measured, taken up again, and its controls control."""
 
 import csv
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import preloaded
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -14,7 +14,7 @@ SCRIPT = BENCHMARKS / "accuracy.py"
 
 def run(*options):
     command = [sys.executable, str(SCRIPT), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=500)
+    return preloaded.run(command, 500)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,10 @@
 """Host time: the short form measures all parts, and leaves out what is not decoding."""
 
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import preloaded
 import pytest
 from printed_tables import printed_tables
 
@@ -15,12 +15,7 @@ VARIANTS = ["stock", "S=0.5", "S=0.5 C=0.3 K=3"]
 
 def test_quick(tmp_path):
     folders = ["--results", str(tmp_path), "--checkpoints", str(tmp_path / "models")]
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT), "--quick", *folders],
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    result = preloaded.run([sys.executable, SCRIPT, "--quick", *folders], 400)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.index("checked: `avl: 0` gives stock's tokens") < (
         result.stdout.index("Host time per request")

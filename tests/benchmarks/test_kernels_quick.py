@@ -4,13 +4,13 @@ import csv
 import importlib
 import inspect
 import math
-import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import preloaded
 import pytest
 import torch
 
@@ -43,7 +43,7 @@ def module(monkeypatch):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script):
     command = [sys.executable, str(KERNELS / f"{script}.py"), "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    result = preloaded.run(command, 100)
     assert result.returncode == 0
     assert "--interpret" in result.stdout
 

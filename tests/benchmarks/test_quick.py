@@ -1,9 +1,9 @@
 """Every benchmark runs from end to end in its short form and prints its table."""
 
-import subprocess
 import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 
 SCRIPTS = [
@@ -13,25 +13,24 @@ SCRIPTS = [
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+SMALL = ("--hidden-size", "64", "--num-heads", "2", "--num-kv-heads", "2")
+
+
 @pytest.mark.parametrize(
-    ("script", "column"),
+    ("script", "column", "options"),
     [
-        ("concurrency.py", "peak_running"),
-        ("overhead.py", "ratio"),
-        ("memory.py", "transient_fits"),
-        ("decode.py", "refresh_ratio"),
-        ("operation.py", "adapted"),
-        ("drafts.py", "accepted"),
+        ("concurrency.py", "peak_running", (*SMALL, "--images", "1")),
+        ("overhead.py", "ratio", SMALL),
+        ("memory.py", "transient_fits", SMALL),
+        ("decode.py", "refresh_ratio", SMALL),
+        ("operation.py", "adapted", (*SMALL, "--num-layers", "2")),
+        ("drafts.py", "accepted", ()),
     ],
 )
-def test_quick(script, column, tmp_path):
-    folders = ["--results", str(tmp_path), "--checkpoints", str(tmp_path / "models")]
-    result = subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), "--quick", *folders],
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+def test_quick(script, column, options, tmp_path):
+    folders = ["--results", tmp_path, "--checkpoints", tmp_path / "models"]
+    command = [sys.executable, BENCHMARKS / script, "--quick", *options, *folders]
+    result = preloaded.run(command, 400)
     assert result.returncode == 0, result.stderr[-3000:]
     assert f"| {column} " in result.stdout or f" {column} |" in result.stdout
 
@@ -39,6 +38,6 @@ def test_quick(script, column, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script):
     command = [sys.executable, str(BENCHMARKS / script), "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    result = preloaded.run(command, 100)
     assert result.returncode == 0
     assert "--quick" in result.stdout

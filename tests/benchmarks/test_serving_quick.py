@@ -1,19 +1,15 @@
 """The serving benchmark's command line; whole runs of it need a quiet machine."""
 
-import subprocess
 import sys
 from pathlib import Path
+
+import preloaded
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serving.py"
 
 
 def run(*options):
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *options],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    return preloaded.run([sys.executable, SCRIPT, *options], 200)
 
 
 def test_says_which_lengths_do_not_fit():

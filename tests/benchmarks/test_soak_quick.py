@@ -1,18 +1,25 @@
 """The soak: its checks notice what they are for, and its short form holds."""
 
 import json
-import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import preloaded
 import pytest
 
 from vllm_avl.testing.server import Server
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SCRIPT = BENCHMARKS / "soak.py"
+SOONER = f"""
+import sys
+sys.path.insert(0, {str(BENCHMARKS)!r})
+import preloaded, soak
+soak.target.serve = preloaded.serve
+soak.main(sys.argv[1:])
+"""
 
 
 @pytest.fixture
@@ -99,7 +106,7 @@ def test_a_5xx_is_excused_only_by_stocks_own(soaking, answering, status, violati
 
 def run(*options, timeout=100):
     command = [sys.executable, str(SCRIPT), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    return preloaded.run(command, timeout)
 
 
 def test_help():
@@ -121,6 +128,7 @@ def test_quick(tmp_path):
         for name in ("results", "checkpoints", "logs")
         for word in (f"--{name}", str(tmp_path / name))
     ]
-    result = run("--quick", "--no-fuzz", *folders, timeout=1400)
+    command = [sys.executable, "-c", SOONER, "--quick", "--no-fuzz", *folders]
+    result = preloaded.run(command, 1400)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "all conditions hold" in result.stdout

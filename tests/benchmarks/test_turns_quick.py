@@ -1,10 +1,10 @@
 """Turns of chats: the short form measures all three parts, and the gate is one."""
 
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import preloaded
 import pytest
 from printed_tables import printed_tables
 
@@ -16,7 +16,7 @@ SCRIPT = BENCHMARKS / "turns.py"
 
 def run(*options, timeout=100):
     command = [sys.executable, str(SCRIPT), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    return preloaded.run(command, timeout)
 
 
 @pytest.fixture(scope="module")

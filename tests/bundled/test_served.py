@@ -2,6 +2,7 @@
 
 import pytest
 from fixed_questions import fixed_questions
+from preloaded import serve
 
 from vllm_avl.bundled import WEIGHTS
 from vllm_avl.bundled.evaluate import MAX_IMAGES, max_tokens
@@ -9,7 +10,6 @@ from vllm_avl.testing.server import (
     ONE_THREAD,
     json_option,
     picture_url,
-    serve,
 )
 
 OPTIONS = (

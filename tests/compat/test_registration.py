@@ -5,6 +5,7 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 
+import preloaded
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
@@ -117,7 +118,9 @@ def test_inert_when_not_asked_for(checkpoints):
 
     def stock_run(plugins):
         code = STOCK_RUN.format(checkpoint=str(checkpoints("llava")), plugins=plugins)
-        output = run(code).splitlines()
+        done = preloaded.run([sys.executable, "-c", code], 200)
+        assert done.returncode == 0, done.stderr[-2000:]
+        output = done.stdout.splitlines()
         return [line for line in output if line.startswith("RESULT")]
 
     without, with_us = stock_run("none"), stock_run("avl")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+from preloaded import serve
 
 from deploy.prometheus import (
     DEPLOY,
@@ -23,7 +24,6 @@ from vllm_avl.testing.server import (
     Server,
     json_option,
     picture_url,
-    serve,
     user_message,
 )
 

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import kept_content
 import pytest
+from preloaded import serve
 
 from vllm_avl.testing import models
 from vllm_avl.testing.server import (
@@ -15,7 +16,6 @@ from vllm_avl.testing.server import (
     Server,
     json_option,
     picture_url,
-    serve,
     user_message,
 )
 

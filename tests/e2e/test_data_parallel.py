@@ -3,9 +3,10 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from preloaded import serve
 
 from vllm_avl.testing import models
-from vllm_avl.testing.server import picture_url, serve, user_message
+from vllm_avl.testing.server import picture_url, user_message
 
 OPTIONS = (
     *("--attention-backend", "avl", "--dtype", "float32", "--enforce-eager"),

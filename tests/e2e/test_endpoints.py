@@ -4,6 +4,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import preloaded
 import pytest
 from kept_content import SETTINGS, ask, get, options, picture
 from prometheus_client.parser import text_string_to_metric_families
@@ -184,7 +185,7 @@ def test_two_api_servers_and_two_engines_add_up(checkpoints, tmp_path):
 def test_another_back_end_says_so(checkpoints, tmp_path):
     options = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "1024")
     memory = ("--kv-cache-memory-bytes", str(32 << 20))
-    with serve(
+    with preloaded.serve(
         checkpoints("llava"),
         (*options, *memory),
         log=tmp_path / "log",

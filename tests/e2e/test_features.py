@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 from adapters import make_adapter
+from preloaded import serve
 
-from vllm_avl.testing.server import Server, json_option, serve
+from vllm_avl.testing.server import Server, json_option
 
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
 SCHEMA = {

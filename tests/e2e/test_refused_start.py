@@ -3,8 +3,9 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from preloaded import serve
 
-from vllm_avl.testing.server import ONE_THREAD, ServerError, json_option, serve
+from vllm_avl.testing.server import ONE_THREAD, ServerError, json_option
 
 CASES = {
     "ratio": (

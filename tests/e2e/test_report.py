@@ -1,9 +1,9 @@
 """What a worker tells of a request, asked as the README says, across processes."""
 
 import ast
-import os
-import subprocess
 import sys
+
+import preloaded
 
 SCRIPT = """
 from vllm import LLM, SamplingParams
@@ -35,13 +35,8 @@ if __name__ == "__main__":
 def test_an_engine_in_its_own_process_reports_a_dict(checkpoints, tmp_path):
     script = tmp_path / "report.py"
     script.write_text(SCRIPT.format(checkpoint=str(checkpoints("llava"))))
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    in_its_own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    done = preloaded.run([sys.executable, script], 300, in_its_own)
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = (x for x in done.stdout.splitlines() if x.startswith("RESULT "))
     (report,) = ast.literal_eval(line.removeprefix("RESULT "))

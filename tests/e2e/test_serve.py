@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+from preloaded import serve
 
 from vllm_avl.testing import models
 from vllm_avl.testing.server import (
@@ -13,7 +14,6 @@ from vllm_avl.testing.server import (
     data_url,
     free_port,
     png,
-    serve,
     user_message,
 )
 

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
+from preloaded import serve
 
-from vllm_avl.testing.server import ONE_THREAD, Server, json_option, serve
+from vllm_avl.testing.server import ONE_THREAD, Server, json_option
 
 DRAFTS = {
     "method": "ngram",

@@ -30,12 +30,12 @@ MODES = {
 }
 
 
-@pytest.fixture(params=MODES)
+@pytest.fixture(scope="module", params=MODES)
 def engine(request, engines):
     return engines(**({"avl": S} | MODES[request.param]))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def expected(engine):
     return [engine.alone(ask) for ask in ASKS]
 

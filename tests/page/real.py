@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from preloaded import serve
+
 from vllm_avl.testing import models
 from vllm_avl.testing.server import (
     ONE_THREAD,
     Server,
     json_option,
     picture_url,
-    serve,
     user_message,
 )
 

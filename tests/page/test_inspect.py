@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import preloaded
 import pytest
 from PIL import Image
 
@@ -11,15 +12,21 @@ from vllm_avl.testing import models
 
 
 def run(folder, *options):
-    command = [sys.executable, "-m", "vllm_avl.inspect", "in.png", "What is it?"]
-    return subprocess.run(
-        [*command, *options], cwd=folder, capture_output=True, text=True, timeout=500
-    )
+    command = [sys.executable, "-m", "vllm_avl.inspect", folder / "in.png"]
+    return preloaded.run([*command, "What is it?", *options], 500)
 
 
 def test_the_demo_model_is_drawn(tmp_path):
     models.random_image(3, 448, 336).save(tmp_path / "in.png")
-    done = run(tmp_path, "--core-ratio", "0.3", "--layer", "2", "--output", "out.png")
+    done = run(
+        tmp_path,
+        "--core-ratio",
+        "0.3",
+        "--layer",
+        "2",
+        "--output",
+        tmp_path / "out.png",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line.split() for line in done.stdout.splitlines()]
     (counts,) = [row for row in rows if row[:1] == ["2"] and len(row) == 5]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
 
 # The interpreter imports Gluon on its first launch, and Gluon insists on JIT functions.
 import triton.experimental.gluon  # noqa: F401
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 LANGUAGE = (tl, tl.core, tl.math, tl.standard)
+USER = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+"""Stands for a function whose module knows the whole language."""
 
 
 @contextmanager
@@ -29,4 +32,17 @@ def interpreted(*modules: ModuleType) -> Iterator[None]:
                 if isinstance(function, JITFunction):
                     replaced = InterpretedFunction(function.fn)
                     stack.enter_context(patch.object(module, name, replaced))
+        stack.enter_context(_interpreted_language())
         yield
+
+
+@contextmanager
+def _interpreted_language() -> Iterator[None]:
+    """Replace the language once; Triton does at every call of every function."""
+    scope = interpreter._patch_lang(USER)
+    nothing = interpreter._LangPatchScope()
+    try:
+        with patch.object(interpreter, "_patch_lang", lambda function: nothing):
+            yield
+    finally:
+        scope.restore()

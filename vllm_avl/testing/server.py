@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import openai
@@ -46,6 +46,30 @@ NOT_INHERITED = ("VLLM_ENABLE_V1_MULTIPROCESSING",)
 
 class ServerError(RuntimeError):
     """The server ended, or was not ready in time; holds the end of its log."""
+
+
+class Process(Protocol):
+    """What is used of `subprocess.Popen`."""
+
+    @property
+    def args(self) -> Any:
+        """Its command line."""
+
+    @property
+    def pid(self) -> int:
+        """Its number, and its process group's."""
+
+    def poll(self) -> int | None:
+        """Return its exit status, None while it runs."""
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait until it has ended; return its exit status."""
+
+
+Start = Callable[[Sequence[str], Mapping[str, str], int], Process]
 
 
 @dataclass(frozen=True)
@@ -92,7 +116,7 @@ class Server:
     model: str
     port: int
     log: Path
-    process: subprocess.Popen[bytes]
+    process: Process
     http: httpx.Client = field(
         default_factory=lambda: httpx.Client(timeout=120.0, limits=LIMITS)
     )
@@ -134,6 +158,19 @@ class Server:
         return _tail(self.log)
 
 
+def _start(
+    command: Sequence[str], environment: Mapping[str, str], output: int
+) -> Process:
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+    )
+
+
 @contextmanager
 def serve(
     model: Path | str,
@@ -144,6 +181,7 @@ def serve(
     timeout: float = 300.0,
     environment: Mapping[str, str] | None = None,
     report: Callable[[str], None] = lambda line: None,
+    start: Start = _start,
 ) -> Iterator[Server]:
     """Start `vllm serve`, yield it when it is healthy, stop all of its processes.
 
@@ -155,6 +193,8 @@ def serve(
         timeout: seconds until it must be healthy.
         environment: added to `ENVIRONMENT`.
         report: takes a line every few seconds while waiting.
+        start: starts it, leader of a process group, from its command line, its
+            environment and the descriptor of its log.
 
     Raises:
         ServerError: it ended early or took too long.
@@ -162,13 +202,10 @@ def serve(
     port = port or free_port()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
-        process = subprocess.Popen(
+        process = start(
             _command(str(model), port, options),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=_environment(environment or {}),
-            start_new_session=True,
+            _environment(environment or {}),
+            output.fileno(),
         )
     server = Server(str(model), port, log, process)
     try:
@@ -248,7 +285,7 @@ def _tail(path: Path) -> str:
     return "\n".join(lines[-TAIL_LINES:])
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: Process) -> None:
     """Ask the server to stop, then end whatever is left of its process group."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
