@@ -1,10 +1,11 @@
 """Accuracy against the KV cache that is kept, for every policy and task.
 
 The bundled model answers held-out questions through the real engine: stock, without
-the pictures, with other pictures, and with every policy at every budget. Each score has
-a 95 % bootstrap interval and stands beside the KV bytes that a request holds while it
-is answered and the tokens per second of the run. The CSV is written cell by cell, and
-what is in it is not measured again.
+the pictures, with other pictures, with fewer pixels, and with every policy at every
+budget. Each score has a 95 % bootstrap interval, as has its difference to stock's,
+which is paired: question by question. Beside it stand the KV bytes that a request holds
+while it is answered and the tokens per second of the run. The CSV is written cell by
+cell, and what is in it is not measured again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -22,13 +23,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 from report import RESULTS, append_rows, machine, print_heading, print_table
 from scipy.stats import bootstrap
-from scoring.cells import STOCK, Cell, Settings, grid, quick_grid, tuning_grid
+from scoring.cells import (
+    NAMES,
+    STOCK,
+    Cell,
+    Settings,
+    grid,
+    quick_grid,
+    tuning_grid,
+)
+from scoring.pictures import shrunk
 from scoring.plot import Row, draw
 from tqdm import tqdm
 
 from vllm_avl.bundled import WEIGHTS
 from vllm_avl.bundled.evaluate import ALL_TASKS, Question, questions, scores
 from vllm_avl.bundled.export import checksum
+from vllm_avl.bundled.picture import NUM_PATCHES
 
 if TYPE_CHECKING:
     from scoring.engine import Engine
@@ -65,7 +76,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.tune:
         draw(rows, args.results / "accuracy.png")
     print_heading("Accuracy over KV kept", {**machine(), **model})
-    print_table(tabulate(rows))
+    print_table(tabulate(rows, _score))
+    if any(row["diff_low"] for row in rows):
+        print_heading("Less than full, with a paired interval", model)
+        compared = [row for row in rows if row["diff_low"]]
+        print_table(tabulate([*_full(rows), *compared], _difference))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -76,6 +91,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, default=WEIGHTS, help="folder of the checkpoint")
     add("--tasks", nargs="+", choices=ALL_TASKS, default=list(ALL_TASKS))
+    add(
+        "--policies",
+        nargs="+",
+        choices=NAMES,
+        default=list(NAMES),
+        help="measured beside the controls",
+    )
     add("--count", type=int, default=200, help="questions of each task")
     add(
         "--tune",
@@ -100,7 +122,8 @@ def measure(args: argparse.Namespace, file: Path, model: dict[str, object]) -> N
         (task, cell)
         for task in args.tasks
         for cell in args.grid()
-        if _key({**model, "task": task, **cell.columns}) not in done
+        if (cell.part == "control" or cell.name in args.policies)
+        and _key({**model, "task": task, **cell.columns}) not in done
     ]
     # Drawing pictures takes as long as answering.
     asked = cache(partial(questions, count=args.count, first=args.first))
@@ -109,13 +132,16 @@ def measure(args: argparse.Namespace, file: Path, model: dict[str, object]) -> N
         for server in dict.fromkeys(cell.server for _, cell in todo):
             together = [work for work in todo if work[1].server == server]
             with _started(args.model, server) as engine:
+                full: dict[str, list[float]] = {}
                 for task in dict.fromkeys(task for task, _ in together):
                     # Else the first cell alone would pay for reading the pictures.
-                    engine.serve(asked(task, control="full"), task, STOCK)
+                    shown = asked(task, control="full")
+                    served = engine.serve(shown, task, STOCK)
+                    full[task] = scores(task, served.answers, shown)
                 for task, cell in together:
                     progress.set_description(f"{task}: {cell.name}")
-                    shown = asked(task, control=cell.control)
-                    row = _measure_cell(engine, task, cell, shown)
+                    shown = shrunk(asked(task, control=cell.control), cell.pixels)
+                    row = _measure_cell(engine, task, cell, shown, full[task])
                     append_rows(file, [{**facts, **model, **row}])
                     progress.update()
 
@@ -133,18 +159,28 @@ def _started(model: Path, server: Settings) -> Iterator[Engine]:
 
 
 def _measure_cell(
-    engine: Engine, task: str, cell: Cell, asked: Sequence[Question]
+    engine: Engine,
+    task: str,
+    cell: Cell,
+    asked: Sequence[Question],
+    full: Sequence[float],
 ) -> dict[str, object]:
     served = engine.serve(asked, task, cell.settings)
     each = scores(task, served.answers, asked)
     low, high = interval(each)
+    diff_low, diff_high = interval(np.subtract(each, full))
+    # Of a model whose tokens follow from the pixels; this one has as many for any.
+    tokens = fmean(NUM_PATCHES * len(question.images) for question in asked)
+    gone = (1 - cell.pixels) * tokens * served.token_bytes
     return {
         "task": task,
         **cell.columns,
         "score": fmean(each),
         "low": low,
         "high": high,
-        "kv_bytes": served.kv_bytes,
+        "diff_low": diff_low,
+        "diff_high": diff_high,
+        "kv_bytes": served.kv_bytes - gone,
         "tokens_per_s": served.tokens_per_second,
     }
 
@@ -167,9 +203,16 @@ def read(file: Path) -> list[Row]:
         return list(csv.DictReader(lines))
 
 
-def tabulate(rows: Sequence[Row]) -> list[dict[str, object]]:
-    """Return a row a cell: its scores by task, and KV and speed as means of tasks."""
-    full = {row["task"]: row for row in rows if row["name"] == "full"}
+def tabulate(
+    rows: Sequence[Row], shown: Callable[[Row, Row], str]
+) -> list[dict[str, object]]:
+    """Return a row a cell: what is shown of its tasks, and means of KV and speed.
+
+    Args:
+        rows: of the CSV.
+        shown: says it of a row and of `full` in the same task.
+    """
+    full = {row["task"]: row for row in _full(rows)}
     cells: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         cells.setdefault(tuple(row[name] for name in SETTINGS), []).append(row)
@@ -178,16 +221,27 @@ def tabulate(rows: Sequence[Row]) -> list[dict[str, object]]:
         of_task = {row["task"]: row for row in found}
         line: dict[str, object] = dict(zip(SETTINGS, names, strict=True))
         for task in full:
-            line[task] = _score(of_task.get(task))
+            row = of_task.get(task)
+            line[task] = shown(row, full[task]) if row else ""
         for title, column in (("KV kept", "kv_bytes"), ("tokens/s", "tokens_per_s")):
             line[title] = f"{fmean(_ratio(row, full, column) for row in found):.2f}"
         table.append(line)
     return table
 
 
-def _score(row: Row | None) -> str:
-    if row is None:
+def _full(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["name"] == "full"]
+
+
+def _difference(row: Row, full: Row) -> str:
+    if not row["diff_low"]:
         return ""
+    less = float(row["score"]) - float(full["score"])
+    low, high = float(row["diff_low"]), float(row["diff_high"])
+    return f"{less:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _score(row: Row, full: Row) -> str:
     score, low, high = (float(row[name]) for name in ("score", "low", "high"))
     return f"{score:.1f} ±{(high - low) / 2:.1f}"
 

@@ -20,6 +20,21 @@ import pytest
 from vllm_avl.testing import models
 from vllm_avl.testing.engine import Engine
 
+TESTS = Path(__file__).parent
+LONGEST = (
+    *("engine/test_families.py", "standin/test_standin.py", "engine/test_drafts.py"),
+    *("engine/test_integrity.py", "standin/test_graphs.py", "engine/test_oracle.py"),
+    *("engine/test_requests.py", "bundled/test_weights.py", "backend/test_layer.py"),
+    *("e2e/test_endpoints.py", "benchmarks/test_soak_quick.py"),
+    *("bundled/test_small.py", "benchmarks/test_quick.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest: in the end, one worker would be left with it."""
+    places = {TESTS / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
+
 
 def pytest_collection_finish() -> None:
     """Keep what is imported out of every later garbage collection."""

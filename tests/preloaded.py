@@ -3,9 +3,7 @@
 A program's own imports are 15 s of CPU time, and three times that for `vllm serve`,
 whose server, engine and worker each import vLLM: most of what a test waits for. Here
 all of them are forks of one process that has imported it and has done nothing else.
-What they run is what their command line says; tests/e2e/test_demo.py does without, and
-so do several API servers: how they share their metrics, prometheus_client decides while
-it is imported.
+What they run is what their command line says; tests/e2e/test_demo.py does without.
 """
 
 from __future__ import annotations
@@ -26,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import garbage
+import prometheus_client.values
 import setproctitle
 
 from vllm_avl.testing import server
@@ -88,12 +87,13 @@ class Surroundings:
         os.dup2(self.errors.number, 2)
         os.environ.clear()
         os.environ.update(self.environment)
-        _read_logging_level()
+        _read_environment()
         _fork_for_spawn()
 
 
-def _read_logging_level() -> None:
-    """As vLLM does while it is imported."""
+def _read_environment() -> None:
+    """Do over what was done by the environment while it was imported."""
+    prometheus_client.values.ValueClass = prometheus_client.values.get_value_class()
     level = os.environ.get("VLLM_LOGGING_LEVEL", "INFO")
     logger = logging.getLogger("vllm")
     for item in (logger, *logger.handlers):

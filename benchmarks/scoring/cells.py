@@ -7,9 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 POLICIES = ("avl", "h2o", "fastv", "snapkv", "streaming", "random")
+DOWNSAMPLE = "downsample"
+"""Not a policy but what users do: a smaller picture, answered by stock."""
+NAMES = (*POLICIES, DOWNSAMPLE)
 STORE_RATIOS = (0.7, 0.5, 0.3, 0.2, 0.1)
 CORE_RATIOS = (0.4, 0.3, 0.2, 0.1)
 REFRESH_INTERVALS = (1, 8, 0)
+READ_RATIOS = (0.1, 0.05)
+"""Where nothing is evicted and little is read, as FastOCR does (arXiv 2605.17447)."""
 TEXT_KEEP_RATIOS = (0.7, 0.5, 0.3)
 WINDOWS = (1, 8, 16, 32)
 STORED, CORE, INTERVAL = 0.5, 0.3, 3
@@ -29,12 +34,14 @@ class Cell:
         name: the control, or the policy.
         settings: of every request, as `vllm_xargs`.
         server: settings that only a server can have.
+        pixels: share of its pixels that each picture is shown with.
     """
 
     part: str
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     server: Settings = ()
+    pixels: float = 1
 
     @property
     def control(self) -> str:
@@ -48,8 +55,8 @@ class Cell:
         return {
             "part": self.part,
             "name": self.name,
-            "S": get("avl_store_ratio", 1),
-            "C": get("avl_core_ratio", get("avl_store_ratio", 1)),
+            "S": get("avl_store_ratio", self.pixels),
+            "C": get("avl_core_ratio", get("avl_store_ratio", self.pixels)),
             "K": get("avl_refresh_interval", "-"),
             "T": get("avl_text_keep_ratio", 1),
             "window": dict(self.server).get("observation_window", "-"),
@@ -65,10 +72,12 @@ def grid() -> list[Cell]:
         for policy in POLICIES
         for ratio in STORE_RATIOS
     ]
+    cells += [Cell("store", DOWNSAMPLE, STOCK, pixels=ratio) for ratio in STORE_RATIOS]
     core = {"avl_policy": "avl", "avl_store_ratio": STORED}
     for ratio in CORE_RATIOS:
         of_core = {"avl_core_ratio": ratio, "avl_refresh_interval": INTERVAL}
         cells.append(Cell("core", "avl", core | of_core))
+    cells += [read(ratio, INTERVAL) for ratio in READ_RATIOS]
     for interval in REFRESH_INTERVALS:
         of_interval = {"avl_core_ratio": CORE, "avl_refresh_interval": interval}
         cells.append(Cell("interval", "avl", core | of_interval))
@@ -76,6 +85,12 @@ def grid() -> list[Cell]:
         of_text = {"avl_policy": "avl", "avl_store_ratio": 1.0}
         cells.append(Cell("text", "avl", of_text | {"avl_text_keep_ratio": ratio}))
     return cells
+
+
+def read(ratio: float, interval: int) -> Cell:
+    """Return the cell that evicts nothing and reads a part."""
+    settings = {"avl_policy": "avl", "avl_store_ratio": 1.0, "avl_core_ratio": ratio}
+    return Cell("core", "avl", settings | {"avl_refresh_interval": interval})
 
 
 def tuning_grid() -> list[Cell]:
@@ -96,6 +111,7 @@ def tuning_grid() -> list[Cell]:
         for server in servers
         for settings in ratios
     ]
+    cells += [read(ratio, k) for ratio in READ_RATIOS for k in (2, INTERVAL, 8)]
     cells += [
         Cell("tuning", "avl", {"avl_store_ratio": ratio}, server)
         for server in ((), LARGEST)
@@ -112,5 +128,5 @@ def quick_grid() -> list[Cell]:
     return [
         cell
         for cell in kinds.values()
-        if cell.part != "store" or cell.name in ("avl", "random")
+        if cell.part != "store" or cell.name in ("avl", "random", DOWNSAMPLE)
     ]

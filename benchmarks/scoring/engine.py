@@ -26,6 +26,8 @@ class Served:
     answers: list[str]
     kv_bytes: float
     """That a request holds while it is answered: the mean of all decode steps."""
+    token_bytes: float
+    """Of one token in all layers."""
     tokens_per_second: float
     """Generated tokens, prompts' time included."""
 
@@ -87,6 +89,7 @@ class Engine:
         return Served(
             [answer.text.strip() for answer in answers],
             fmean(self._held) * self._block_bytes,
+            self._block_bytes / BLOCK_SIZE,
             sum(len(answer.token_ids) for answer in answers) / seconds,
         )
 

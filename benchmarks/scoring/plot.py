@@ -9,7 +9,7 @@ from figures import save
 from matplotlib import pyplot
 
 Row = Mapping[str, str]
-MARKERS = "osD^vP"
+MARKERS = "osD^vPx"
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:

@@ -40,6 +40,7 @@ def test_the_table_has_every_kind_of_cell(measured):
         for cell in (
             *(("control", "full"), ("control", "blind"), ("control", "shuffled")),
             *(("store", "avl"), ("store", "random"), ("core", "avl"), ("text", "avl")),
+            ("store", "downsample"),
         ):
             assert (task, *cell) in found
 
@@ -56,6 +57,28 @@ def test_scores_come_from_the_pictures_and_blocks_are_freed(measured):
         assert float(full["low"]) <= float(full["score"]) <= float(full["high"])
         # Of 576 vision tokens 0.7 are stored; the text is, too.
         assert 0.65 < float(kept["kv_bytes"]) / float(full["kv_bytes"]) < 0.9
+        smaller = of_cell[task, "store", "downsample"]
+        # As few tokens, where the others are whole blocks.
+        assert 0.65 < float(smaller["kv_bytes"]) / float(full["kv_bytes"]) < 0.8
+
+
+def test_differences_to_full_are_paired(measured):
+    folder, printed = measured
+    of_cell = {(row["task"], row["part"], row["name"]): row for row in rows(folder)}
+    for task in ("vqa", "ocr"):
+        full, blind = (of_cell[task, "control", name] for name in ("full", "blind"))
+        assert (float(full["diff_low"]), float(full["diff_high"])) == (0, 0)
+        less = float(blind["score"]) - float(full["score"])
+        assert float(blind["diff_low"]) <= less <= float(blind["diff_high"]) < 0
+    assert "Less than full, with a paired interval" in printed
+
+
+def test_some_policies_alone(tmp_path):
+    options = ("--quick", "--tasks", "vqa", "--policies", "downsample")
+    result = run(*options, "--results", tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    names = {row["name"] for row in rows(tmp_path)}
+    assert names == {"full", "blind", "shuffled", "downsample"}
 
 
 def test_what_is_measured_is_not_measured_again(measured):

@@ -4,14 +4,14 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-import preloaded
 import pytest
 from kept_content import SETTINGS, ask, get, options, picture
+from preloaded import serve
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_avl.endpoints import schema
 from vllm_avl.metrics.definitions import COUNTERS, GAUGES, PREFIX
-from vllm_avl.testing.server import ONE_THREAD, serve
+from vllm_avl.testing.server import ONE_THREAD
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_two_api_servers_and_two_engines_add_up(checkpoints, tmp_path):
 def test_another_back_end_says_so(checkpoints, tmp_path):
     options = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "1024")
     memory = ("--kv-cache-memory-bytes", str(32 << 20))
-    with preloaded.serve(
+    with serve(
         checkpoints("llava"),
         (*options, *memory),
         log=tmp_path / "log",
