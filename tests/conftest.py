@@ -9,6 +9,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
 # Small models gain nothing from threads, and busy waiting starves parallel workers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# An n-gram drafter would give every later engine of the process as many as Numba has.
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 import gc
 from collections.abc import Callable, Iterator
