@@ -16,7 +16,7 @@ from sequences import play
 from vllm_avl.testing import models
 from vllm_avl.testing.engine import Ask, Engine
 
-NUM_SEQUENCES = 35
+NUM_SEQUENCES = 70
 """For each pool."""
 POOLS = (43, 50, 60)
 """Blocks: the longest stock request takes 41 of them."""
