@@ -148,7 +148,7 @@ def play_many(engine, expected, check=lambda asked: None):
 
 
 class Drafted:
-    """Notes what an engine has drafted behind each beginning of an answer, and stored."""
+    """Notes what an engine drafts behind each beginning of an answer, and stores."""
 
     def __init__(self, engine):
         self._engine, self._step = engine, engine.step
