@@ -1,8 +1,8 @@
-# make setup | demo | serve | test | compat | lint | bench. CPU set-up; with CUDA, `pip install vllm-avl` is all.
+# make setup | demo | serve | test | test-quick | compat | lint | bench. CPU set-up; with CUDA, `pip install vllm-avl` is all.
 PYTHON_BIN := .venv/bin/python
 VLLM := 0.33.0
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
-# No server, no second engine: what a change of a module breaks first.
+# No server, and one small engine: what a change of a module breaks first.
 QUICK := $(wildcard tests/test_*.py) tests/backend/test_view.py tests/backend/test_text.py \
 	tests/backend/test_selection.py tests/backend/test_core_lists.py tests/cache tests/metrics \
 	tests/policies tests/kernels/cpu tests/compat/test_refusals.py tests/engine/test_chunks.py \

@@ -77,10 +77,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw(rows, args.results / "accuracy.png")
     print_heading("Accuracy over KV kept", {**machine(), **model})
     print_table(tabulate(rows, _score))
-    if any(row["diff_low"] for row in rows):
+    compared = [row for row in rows if row["diff_low"] or row["name"] == "full"]
+    if any(row["diff_low"] for row in compared):
         print_heading("Less than full, with a paired interval", model)
-        compared = [row for row in rows if row["diff_low"]]
-        print_table(tabulate([*_full(rows), *compared], _difference))
+        print_table(tabulate(compared, _difference))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -212,7 +212,7 @@ def tabulate(
         rows: of the CSV.
         shown: says it of a row and of `full` in the same task.
     """
-    full = {row["task"]: row for row in _full(rows)}
+    full = {row["task"]: row for row in rows if row["name"] == "full"}
     cells: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         cells.setdefault(tuple(row[name] for name in SETTINGS), []).append(row)
@@ -227,10 +227,6 @@ def tabulate(
             line[title] = f"{fmean(_ratio(row, full, column) for row in found):.2f}"
         table.append(line)
     return table
-
-
-def _full(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row["name"] == "full"]
 
 
 def _difference(row: Row, full: Row) -> str:

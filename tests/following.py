@@ -1,6 +1,6 @@
 """Serves requests step by step, and follows them with the oracle."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -38,7 +38,8 @@ class Followed:
 
     tokens: list
     rows: dict
-    expected: list = field(default_factory=list)
+    expected: list
+    num_ties: int
 
 
 def watch(engine, asks, turn, before_step=lambda answers: None):
@@ -102,9 +103,8 @@ def compare(engine, oracle, one, answer, replayed=1):
     if followed and (followed.tokens, followed.rows) == (answer.tokens, rows):
         # The oracle would do over again what it has done.
         for step, expected in followed.expected:
-            check_logprobs(answer, step, expected)
-        return 0
-    followed = oracle.followed[key] = Followed(answer.tokens, rows)
+            check_logprobs(one, answer, step, expected)
+        return followed.num_ties
     steps = oracle.follow(
         engine.prompt(one)["prompt"],
         [picture(seed) for seed in one.images],
@@ -114,17 +114,20 @@ def compare(engine, oracle, one, answer, replayed=1):
         draw,
         replayed,
     )
+    said = []
     for step, expected in steps:
-        check_logprobs(answer, step, expected)
+        check_logprobs(one, answer, step, expected)
         check_memories(oracle, rows[step], step)
-        followed.expected.append((step, expected))
+        said.append((step, expected))
+    oracle.followed[key] = Followed(answer.tokens, rows, said, oracle.num_ties)
     return oracle.num_ties
 
 
-def check_logprobs(answer, step, expected):
+def check_logprobs(one, answer, step, expected):
     for token, logprob in answer.logprobs[step].items():
         assert logprob.logprob == pytest.approx(expected[token].item(), abs=BUDGET), (
-            step
+            step,
+            one.xargs,
         )
     assert expected[answer.tokens[step]] >= expected.max() - BUDGET
 

@@ -8,8 +8,8 @@ unfreeze = gc.unfreeze
 def keep_modules_out() -> None:
     """Freeze what there is until the process ends.
 
-    vLLM collects all garbage seven times while an engine starts, freezes what there is,
-    and unfreezes it in the end: with its own modules among it, that is most of a start.
+    vLLM collects all garbage several times while an engine starts, freezes what there
+    is, and unfreezes it in the end: its own modules would be looked at every time.
     """
     gc.freeze()
     gc.freeze = gc.unfreeze = lambda: None

@@ -1,8 +1,8 @@
 """Starts Python programs from a process that has imported vLLM already.
 
-A program's own imports are 15 s of CPU time, and three times that for `vllm serve`,
-whose server, engine and worker each import vLLM: most of what a test waits for. Here
-all of them are forks of one process that has imported it and has done nothing else.
+Of `vllm serve`, server, engine and worker each import vLLM, one after the other: most
+of what a test would wait for. Here all of them, and scripts, are forks of one process
+that has imported it and has done nothing else.
 What they run is what their command line says; tests/e2e/test_demo.py does without.
 """
 

@@ -18,22 +18,15 @@ def run(folder, *options):
 
 def test_the_demo_model_is_drawn(tmp_path):
     models.random_image(3, 448, 336).save(tmp_path / "in.png")
-    done = run(
-        tmp_path,
-        "--core-ratio",
-        "0.3",
-        "--layer",
-        "2",
-        "--output",
-        tmp_path / "out.png",
-    )
+    drawn_to = tmp_path / "out.png"
+    done = run(tmp_path, "--core-ratio", "0.3", "--layer", "2", "--output", drawn_to)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line.split() for line in done.stdout.splitlines()]
     (counts,) = [row for row in rows if row[:1] == ["2"] and len(row) == 5]
     assert sum(map(int, counts[1:])) == 576
     assert min(map(int, counts[1:])) > 0
     assert "8 given back" in done.stdout
-    drawn = Image.open(tmp_path / "out.png")
+    drawn = Image.open(drawn_to)
     assert drawn.width > 448
 
 
