@@ -3,8 +3,8 @@ PYTHON_BIN := .venv/bin/python
 VLLM := 0.33.0
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 # No server, and one small engine: what a change of a module breaks first.
-QUICK := $(wildcard tests/test_*.py) tests/backend/test_view.py tests/backend/test_text.py \
-	tests/backend/test_selection.py tests/backend/test_core_lists.py tests/cache tests/metrics \
+QUICK := $(wildcard tests/test_*.py) tests/worker/test_view.py tests/worker/test_text.py \
+	tests/worker/test_selection.py tests/worker/test_core_lists.py tests/scheduler tests/front_end tests/metrics \
 	tests/policies tests/kernels/cpu tests/compat/test_refusals.py tests/engine/test_chunks.py \
 	tests/engine/test_replay.py
 # Every process of the tests would compile all of vLLM anew.

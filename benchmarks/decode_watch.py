@@ -53,8 +53,8 @@ def watched() -> Iterator[Steps]:
     """Note time, rows and refreshes of the decoder's attention, step by step."""
     from vllm.v1.attention.backends import cpu_attn
 
-    from vllm_avl.backend import cpu
-    from vllm_avl.backend.layer import Layer
+    from vllm_avl.worker.cpu import backend as cpu
+    from vllm_avl.worker.layer import Layer
 
     steps = Steps(Run())
     build = cpu_attn.CPUAttentionMetadataBuilder.build
@@ -112,7 +112,7 @@ def once(timed: Any, forward: Any, inner: type) -> Any:
 
 def count(steps: Steps) -> None:
     """Add what our kernel must read, of which vLLM's is given one row each."""
-    from vllm_avl.backend.step import current_step
+    from vllm_avl.worker.step import current_step
 
     step = current_step()
     if step is None:

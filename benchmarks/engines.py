@@ -355,7 +355,7 @@ def run_together(
 
 def _record(scheduler: Any, run: Run) -> Callable[[], None]:
     """Note what every `schedule()` of `scheduler` decides; call the result to stop."""
-    from vllm_avl.compat.scheduler import received_compactions
+    from vllm_avl.messages import received_compactions
 
     schedule = scheduler.schedule
 

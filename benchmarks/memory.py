@@ -124,7 +124,7 @@ def measure(
 @contextmanager
 def profiled_compactions() -> Iterator[list[tuple[int, int]]]:
     """Collect transient bytes and kept rows of every layer's compaction."""
-    from vllm_avl.backend.layer import Layer
+    from vllm_avl.worker.layer import Layer
 
     calls: list[tuple[int, int]] = []
     perform = Layer.perform

@@ -136,7 +136,7 @@ def measure(
 @contextmanager
 def timed_compactions() -> Iterator[Compactions]:
     """Time what every layer does after a prompt's attention."""
-    from vllm_avl.backend.layer import Layer
+    from vllm_avl.worker.layer import Layer
 
     compactions, perform = Compactions(), Layer.perform
 

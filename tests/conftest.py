@@ -26,7 +26,7 @@ TESTS = Path(__file__).parent
 LONGEST = (
     *("engine/test_families.py", "standin/test_standin.py", "engine/test_drafts.py"),
     *("engine/test_integrity.py", "standin/test_graphs.py", "engine/test_oracle.py"),
-    *("engine/test_requests.py", "bundled/test_weights.py", "backend/test_layer.py"),
+    *("engine/test_requests.py", "bundled/test_weights.py", "worker/test_layer.py"),
     *("e2e/test_endpoints.py", "benchmarks/test_soak_quick.py"),
     *("bundled/test_small.py", "benchmarks/test_quick.py"),
 )

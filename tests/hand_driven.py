@@ -9,7 +9,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from vllm_avl.compat.scheduler import received_compactions
+from vllm_avl.messages import received_compactions
 
 BLOCK_SIZE = 32
 

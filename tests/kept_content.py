@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 from preloaded import serve
 
-from vllm_avl.endpoints import schema
+from vllm_avl.front_end import schema
 from vllm_avl.testing import models
 from vllm_avl.testing.server import (
     ONE_THREAD,

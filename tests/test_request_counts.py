@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from vllm_avl.config import AVLConfig
-from vllm_avl.endpoints.records import Record, counts
+from vllm_avl.front_end.records import Record, counts
 from vllm_avl.metrics.definitions import Stock
 from vllm_avl.plan import make_plan
 

@@ -20,8 +20,8 @@ from typing import Any
 from PIL import Image
 from pydantic import BaseModel
 
-from vllm_avl.endpoints.geometry import VisionModel, grids
-from vllm_avl.endpoints.schema import Grid
+from vllm_avl.front_end.geometry import VisionModel, grids
+from vllm_avl.front_end.schema import Grid
 from vllm_avl.painting import Patch, State, mount, paint
 from vllm_avl.pictures import as_seen
 

@@ -18,7 +18,7 @@ from runner import Step
 
 BENCHMARKS = ROOT / "benchmarks"
 GPU_TESTS = "tests/gpu"
-KERNEL_TESTS = "tests/kernels/gpu"
+KERNEL_TESTS = "tests/kernels/cuda"
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",

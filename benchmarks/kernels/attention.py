@@ -29,11 +29,11 @@ import torch
 from over_batch import draw_over_batch
 from paged import SHAPES, TINY, Heads, Pool, Reads
 from timing import num_copies
-from vllm_avl.kernels.gpu import reference_attention
-from vllm_avl.kernels.gpu import selected_attention as kernels
+from vllm_avl.kernels.cuda import reference_attention
+from vllm_avl.kernels.cuda import selected_attention as kernels
 from ways import CHECKED_REQUESTS, Check, Way, Workload, on_copies
 
-from vllm_avl.backend.core_lists import num_splits
+from vllm_avl.worker.cuda.core_lists import num_splits
 
 
 @dataclass(frozen=True)

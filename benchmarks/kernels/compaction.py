@@ -24,7 +24,7 @@ from baselines import flash_function
 from paged import SHAPES, TINY, Heads, Pool
 from timing import num_copies
 from torch.nn.functional import scaled_dot_product_attention
-from vllm_avl.kernels.gpu import (
+from vllm_avl.kernels.cuda import (
     copy_rows,
     rank_rows,
     ranking,

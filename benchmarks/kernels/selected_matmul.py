@@ -22,8 +22,8 @@ import harness
 import torch
 from over_batch import draw_over_batch
 from timing import num_copies
-from vllm_avl.kernels.gpu import reference
-from vllm_avl.kernels.gpu import select_rows_matmul as operators
+from vllm_avl.kernels.cuda import reference
+from vllm_avl.kernels.cuda import select_rows_matmul as operators
 from ways import CHECKED_REQUESTS, Check, Way, Workload, on_copies
 
 FULL, SLICE = "full matmul", "index_select + matmul"

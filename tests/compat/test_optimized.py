@@ -16,7 +16,7 @@ check_layer_names(["layers.0.sub.0.attn", "layers.1.sub.1.attn"])
 SHARED = """
 from types import SimpleNamespace
 from vllm.v1.core.block_pool import BlockPool
-from vllm_avl.cache.manager import Adapted, AVLManager
+from vllm_avl.scheduler.manager import Adapted, AVLManager
 from vllm_avl.config import AVLConfig
 from vllm_avl.plan import make_plan
 

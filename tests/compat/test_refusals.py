@@ -22,9 +22,9 @@ from vllm.v1.kv_cache_interface import (
 from vllm_avl.kernels.cpu.vectors import ELEMENTS
 
 from vllm_avl import support
-from vllm_avl.cache.spec import AVLSpec, our_group
-from vllm_avl.compat import overrides
 from vllm_avl.config import AVLConfig
+from vllm_avl.front_end import overrides
+from vllm_avl.scheduler.spec import AVLSpec, our_group
 from vllm_avl.support import UnsupportedError
 
 

@@ -29,7 +29,10 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.platforms import current_platform
 from vllm_avl import plugin
 plugin.register()
-from vllm_avl.compat import patches, registry, versions, worker_patches
+from vllm_avl.compat import patches
+from vllm_avl.compat import registry
+from vllm_avl.compat import versions
+from vllm_avl.compat import worker_patches
 names = [name for package in ("compat", "cache", "backend") for name in
     (f"vllm_avl.{{package}}.{{m.name}}" for m in
      pkgutil.iter_modules(import_module(f"vllm_avl.{{package}}").__path__))

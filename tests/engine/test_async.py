@@ -11,10 +11,11 @@ import torch
 from hand_driven import BLOCK_SIZE, make_scheduler, request, settle
 from vllm.v1.request import RequestStatus
 
-from vllm_avl.backend.step import WorkerRequests
-from vllm_avl.backend.view import make_tasks, stored_table
-from vllm_avl.compat.scheduler import AVLAsyncScheduler, received_compactions
+from vllm_avl.messages import received_compactions
+from vllm_avl.scheduler.scheduler import AVLAsyncScheduler
 from vllm_avl.testing.engine import check_integrity
+from vllm_avl.worker.step import WorkerRequests
+from vllm_avl.worker.view import make_tasks, stored_table
 
 NUM_BLOCKS = 100
 

@@ -9,7 +9,7 @@ from vllm.config import KVEventsConfig
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from vllm.v1.core.kv_cache_utils import get_block_hash, maybe_convert_block_hash
 
-from vllm_avl.compat.scheduler import AVLScheduler
+from vllm_avl.scheduler.scheduler import AVLScheduler
 
 
 def cached(scheduler):

@@ -10,7 +10,7 @@ import pytest
 from hand_driven import asked, finish_step, make_scheduler, walk_lengths
 from vllm.v1.core.kv_cache_utils import get_group_id
 
-from vllm_avl.compat.scheduler import AVLScheduler
+from vllm_avl.scheduler.scheduler import AVLScheduler
 from vllm_avl.testing.engine import Ask, Engine
 
 

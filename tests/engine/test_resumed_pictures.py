@@ -4,7 +4,7 @@ import pytest
 from hand_driven import make_scheduler, outputs_of, request
 from vllm.multimodal.inputs import MultiModalKwargsItem
 
-from vllm_avl.compat.scheduler import AVLScheduler
+from vllm_avl.scheduler.scheduler import AVLScheduler
 from vllm_avl.testing import models
 from vllm_avl.testing.engine import Ask, Engine
 

@@ -39,7 +39,7 @@ def test_all_ratios_one_give_stocks_tokens(model, backend, dtype, graphs):
     stock = answer(model, {"requests": plain, "llm": llm}, "v2", backend)
     llm["additional_config"] = {"avl": ALL}
     ours = answer(model, {"requests": plain, "llm": llm}, "v2")
-    assert ours["ran"]["worker"] == "vllm_avl.compat.worker.AVLWorker"
+    assert ours["ran"]["worker"] == "vllm_avl.worker.worker.AVLWorker"
     assert ours["tokens"] == stock["tokens"]
 
 

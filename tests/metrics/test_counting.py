@@ -6,8 +6,8 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from vllm_avl.config import AVLConfig
+from vllm_avl.messages import Statistics
 from vllm_avl.metrics import collectors, pool
-from vllm_avl.metrics.collectors import Message
 from vllm_avl.metrics.counts import Counts
 from vllm_avl.metrics.definitions import (
     COUNTERS,
@@ -37,7 +37,7 @@ def registry(monkeypatch):
 
 def message(counts=(), held=0, stock=0):
     levels = {"kv_blocks_held": held, "kv_blocks_stock": stock}
-    return Message(dict(counts), levels)
+    return Statistics(dict(counts), levels)
 
 
 def test_a_counter_is_there_before_anything_happens(registry):

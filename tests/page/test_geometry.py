@@ -12,7 +12,7 @@ import torch
 import transformers
 from PIL import Image
 
-from vllm_avl.endpoints.geometry import VisionModel, grids
+from vllm_avl.front_end.geometry import VisionModel, grids
 from vllm_avl.testing import models
 
 SIZES = [(336, 336), (672, 336), (300, 900), (641, 427), (1000, 750), (97, 130)]

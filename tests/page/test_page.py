@@ -9,8 +9,8 @@ from PIL import Image
 
 from page import scenes
 from vllm_avl import plot
-from vllm_avl.endpoints import schema
-from vllm_avl.endpoints.geometry import VisionModel, grids
+from vllm_avl.front_end import schema
+from vllm_avl.front_end.geometry import VisionModel, grids
 
 READY = "document.querySelector('#legend tr') !== null"
 

@@ -12,10 +12,10 @@ from vllm.multimodal.media.image import ImageMediaIO
 from page import files, scenes
 from page.test_plot import report_of
 from vllm_avl import plot
-from vllm_avl.compat.pictures import SentPicture
-from vllm_avl.endpoints.detail import _picture
-from vllm_avl.endpoints.geometry import VisionModel
-from vllm_avl.endpoints.records import Part
+from vllm_avl.front_end.detail import _picture
+from vllm_avl.front_end.geometry import VisionModel
+from vllm_avl.front_end.pictures import SentPicture
+from vllm_avl.front_end.records import Part
 from vllm_avl.pictures import as_seen
 from vllm_avl.testing import models
 

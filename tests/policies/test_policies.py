@@ -6,10 +6,10 @@ import pytest
 import torch
 from vllm_avl.kernels.cpu import rank_rows
 
-from vllm_avl.backend.rows import LayerRows
-from vllm_avl.backend.selection import Candidates, best_slots
 from vllm_avl.config import AVLConfig, parse_config
 from vllm_avl.policies import POLICIES, TokenView
+from vllm_avl.worker.rows import LayerRows
+from vllm_avl.worker.selection import Candidates, best_slots
 
 INF = float("inf")
 

@@ -56,7 +56,7 @@ BACKEND = ("--backend", "AVL", "--logprobs")
 def answer_on_cpu(model):
     """The CPU back end's answers, which the oracle of tests/engine stands behind."""
     report = generate(model, SPEC, "--cpu", "--alone", *BACKEND)
-    assert report["ran"]["backend"] == "vllm_avl.backend.cpu.AVLBackend"
+    assert report["ran"]["backend"] == "vllm_avl.worker.cpu.backend.AVLBackend"
     assert report["alone"] == report["tokens"]
     adapted, stock = report["logprobs"][:2]
     assert adapted != pytest.approx(stock, abs=100 * BUDGET), "nothing was evicted"
@@ -65,8 +65,8 @@ def answer_on_cpu(model):
 
 FLASH = {"STANDIN_FLASH": "1"}
 """Environment of a stand-in with FlashAttention."""
-ON_TRITON = "vllm_avl.backend.cuda_triton.AVLTritonBackend"
-ON_FLASH = "vllm_avl.backend.cuda_flash.AVLFlashBackend"
+ON_TRITON = "vllm_avl.worker.cuda.triton.AVLTritonBackend"
+ON_FLASH = "vllm_avl.worker.cuda.flash.AVLFlashBackend"
 
 
 LISTS = {
@@ -86,7 +86,7 @@ def spec(lists, attention="auto", **llm):
 
 def check(report, expected, backend=ON_TRITON):
     """Assert that a report on the stand-in is what is expected."""
-    assert report["ran"]["worker"] == "vllm_avl.compat.worker.AVLWorker"
+    assert report["ran"]["worker"] == "vllm_avl.worker.worker.AVLWorker"
     assert report["ran"]["backend"] == backend
     assert report["tokens"] == expected["tokens"]
     for ours, theirs in zip(report["logprobs"], expected["logprobs"], strict=True):

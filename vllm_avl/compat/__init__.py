@@ -1,1 +1,1 @@
-"""The only folder that touches vLLM internals: subclasses, patches, version checks."""
+"""Where vLLM is met: registration, seams, patches, versions, its configuration."""

@@ -10,8 +10,8 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilde
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_avl.backend.step import current_step
 from vllm_avl.compat.seam import Patch, Seam
+from vllm_avl.worker.step import current_step
 
 
 def has_work() -> bool:

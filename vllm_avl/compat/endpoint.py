@@ -17,7 +17,7 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from vllm_avl.compat.platform import is_chosen
 from vllm_avl.config import AVLConfig, parse_config
-from vllm_avl.endpoints.routes import ProblemError, attach
+from vllm_avl.front_end.routes import ProblemError, attach
 from vllm_avl.metrics.collectors import totals
 
 SECONDS_TO_ANSWER = 30.0

@@ -19,17 +19,13 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager
 
-from vllm_avl.cache.manager import AVLManager
-from vllm_avl.compat import (
-    asks,
-    front_end,
-    picture_cache,
-    platform,
-    responses,
-    stats,
-)
-from vllm_avl.compat.scheduler import AVLAsyncScheduler, AVLScheduler
+from vllm_avl.compat import platform
 from vllm_avl.compat.seam import Patch, Seam, mismatches_of, unmet_by
+from vllm_avl.front_end import asks, picture_cache, responses
+from vllm_avl.front_end import requests as front_end
+from vllm_avl.front_end import stat_logger as stats
+from vllm_avl.scheduler.manager import AVLManager
+from vllm_avl.scheduler.scheduler import AVLAsyncScheduler, AVLScheduler
 
 SEAMS: tuple[Seam, ...] = (
     Seam(

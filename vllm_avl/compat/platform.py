@@ -38,17 +38,17 @@ class Device:
 
 # Small blocks free more finely than the CPU platform's 128 would.
 CPU = Device(
-    "vllm_avl.backend.cpu.AVLBackend",
-    "vllm_avl.compat.cpu_worker.AVLCPUWorker",
+    "vllm_avl.worker.cpu.backend.AVLBackend",
+    "vllm_avl.worker.cpu.worker.AVLCPUWorker",
     32,
 )
 FLASH, TRITON = AttentionBackendEnum.FLASH_ATTN, AttentionBackendEnum.TRITON_ATTN
 OVER = {
-    FLASH: "vllm_avl.backend.cuda_flash.AVLFlashBackend",
-    TRITON: "vllm_avl.backend.cuda_triton.AVLTritonBackend",
+    FLASH: "vllm_avl.worker.cuda.flash.AVLFlashBackend",
+    TRITON: "vllm_avl.worker.cuda.triton.AVLTritonBackend",
 }
 """Ours on CUDA, by the back end of vLLM's that it is over."""
-CUDA = Device(OVER[TRITON], "vllm_avl.compat.worker.AVLWorker", None)
+CUDA = Device(OVER[TRITON], "vllm_avl.worker.worker.AVLWorker", None)
 
 
 def device() -> Device | None:
@@ -58,8 +58,8 @@ def device() -> Device | None:
     return CUDA if current_platform.is_cuda() else None
 
 
-SCHEDULER = "vllm_avl.compat.scheduler.AVLScheduler"
-ASYNC_SCHEDULER = "vllm_avl.compat.scheduler.AVLAsyncScheduler"
+SCHEDULER = "vllm_avl.scheduler.scheduler.AVLScheduler"
+ASYNC_SCHEDULER = "vllm_avl.scheduler.scheduler.AVLAsyncScheduler"
 OUR_SCHEDULERS = (None, SCHEDULER, ASYNC_SCHEDULER)
 
 

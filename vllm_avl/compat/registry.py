@@ -9,9 +9,9 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from vllm_avl.cache.manager import AVLManager
-from vllm_avl.cache.spec import AVLSpec
 from vllm_avl.compat.platform import CPU, device
+from vllm_avl.scheduler.manager import AVLManager
+from vllm_avl.scheduler.spec import AVLSpec
 from vllm_avl.support import NAME
 
 

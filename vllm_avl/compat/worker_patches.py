@@ -10,9 +10,9 @@ import functools
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_avl.compat.counted import CountedOutput
 from vllm_avl.compat.seam import Patch, Seam, mismatches_of, unmet_by
 from vllm_avl.support import refuse_vllm
+from vllm_avl.worker.counted import CountedOutput
 
 SEAMS: tuple[Seam, ...] = (
     Seam(
@@ -39,12 +39,12 @@ OURS: tuple[type, ...] = (CountedOutput,)
 """What vLLM or a worker makes of ours; of back ends one that is always there."""
 
 if current_platform.is_cpu():
-    from vllm_avl.backend import cpu
+    from vllm_avl.worker.cpu import backend as cpu
 
     OURS += cpu.AVLBackend, cpu.AVLMetadataBuilder, cpu.AVLImpl
 elif current_platform.is_cuda():
-    from vllm_avl.backend import cuda_triton as cuda
     from vllm_avl.compat import cuda_runners
+    from vllm_avl.worker.cuda import triton as cuda
 
     OURS += cuda.AVLTritonBackend, cuda.AVLTritonMetadataBuilder, cuda.AVLTritonImpl
     SEAMS, PATCHES = SEAMS + cuda_runners.SEAMS, PATCHES + cuda_runners.PATCHES

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from vllm_avl.messages import Statistics
 from vllm_avl.metrics.definitions import COUNTERS, GAUGES, PREFIX, Metric, key
 
 LABELS = ("model_name", "engine")
-
-
-@dataclass(frozen=True)
-class Message:
-    """What an engine has to say after a step."""
-
-    counts: Mapping[str, float]
-    """What was added since the last message, by `definitions.key`."""
-    levels: Mapping[str, float]
-    """What holds now."""
 
 
 @cache
@@ -50,7 +40,7 @@ def start(model: str, engines: Iterable[int]) -> None:
                 _member(key(metric.name, value), model, engine)
 
 
-def record(message: Message, model: str, engine: int) -> None:
+def record(message: Statistics, model: str, engine: int) -> None:
     """Add what an engine reports to the process's collectors."""
     for name, added in message.counts.items():
         _member(name, model, engine).inc(added)

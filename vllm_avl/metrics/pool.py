@@ -6,7 +6,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from vllm_avl.metrics.collectors import Message
+from vllm_avl.messages import Statistics
 from vllm_avl.metrics.definitions import key
 
 NUM_SAMPLES = 600
@@ -35,7 +35,7 @@ class Pool:
     """When each engine was last sampled."""
     _latest: dict[int, Sample] = field(default_factory=dict)
 
-    def sample(self, message: Message, engine: int) -> None:
+    def sample(self, message: Statistics, engine: int) -> None:
         """Take an engine's message."""
         now = time.time()
         held, stock = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vllm_avl.config import AVLConfig
-from vllm_avl.metrics.collectors import Message
+from vllm_avl.messages import Statistics
 from vllm_avl.metrics.counts import Counts
 from vllm_avl.metrics.definitions import Stock, key
 from vllm_avl.plan import PICTURE_TOKENS, pictures_free
@@ -19,7 +19,7 @@ class Summary:
     _held: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Blocks held, and what stock would hold, by engine."""
 
-    def add(self, message: Message, engine: int) -> None:
+    def add(self, message: Statistics, engine: int) -> None:
         """Take one engine's message."""
         self._counts.add(message.counts)
         levels = message.levels

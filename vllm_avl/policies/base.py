@@ -1,6 +1,6 @@
 """What a policy is: pure tensors in, a ranking out.
 
-The template around it (`vllm_avl.backend.selection`) owns budgets, protection, top-k
+The template around it (`vllm_avl.worker.selection`) owns budgets, protection, top-k
 and the order of equal scores, so that all policies spend the same.
 """
 

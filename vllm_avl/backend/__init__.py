@@ -1,1 +1,0 @@
-"""The workers' side: what a step reads, and which rows stay."""

@@ -1,1 +1,0 @@
-"""The scheduler's side: plans, the block manager, the cache spec."""

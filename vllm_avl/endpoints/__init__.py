@@ -1,1 +1,0 @@
-"""What `/avl/...` answers: configuration, totals, requests, and the page."""

@@ -1,0 +1,1 @@
+"""What runs in an API server: requests and answers, `/avl/...`, and the page."""

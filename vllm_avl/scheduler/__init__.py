@@ -1,0 +1,1 @@
+"""What runs in the engine core: plans, the block manager, the scheduler."""
