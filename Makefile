@@ -25,10 +25,10 @@ setup:
 	@deploy/cpu/setup.sh
 
 demo: setup
-	@$(PYTHON_BIN) -m vllm_avl.testing.demo
+	@$(PYTHON_BIN) -m vllm_avl.demo
 
 serve: setup
-	@$(PYTHON_BIN) -m vllm_avl.testing.demo --serve
+	@$(PYTHON_BIN) -m vllm_avl.demo --serve
 
 test: setup
 	@$(PYTHON_BIN) -m pytest $(WORKERS) --durations 40

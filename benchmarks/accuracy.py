@@ -21,9 +21,11 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
-from report import RESULTS, append_rows, machine, print_heading, print_table
 from scipy.stats import bootstrap
-from scoring.cells import (
+from tqdm import tqdm
+
+from benchmarks.report import RESULTS, append_rows, machine, print_heading, print_table
+from benchmarks.scoring.cells import (
     NAMES,
     STOCK,
     Cell,
@@ -32,17 +34,15 @@ from scoring.cells import (
     quick_grid,
     tuning_grid,
 )
-from scoring.pictures import shrunk
-from scoring.plot import Row, draw
-from tqdm import tqdm
-
+from benchmarks.scoring.pictures import shrunk
+from benchmarks.scoring.plot import Row, draw
+from benchmarks.training.evaluate import ALL_TASKS, Question, questions, scores
+from benchmarks.training.export import checksum
 from vllm_avl.bundled import WEIGHTS
-from vllm_avl.bundled.evaluate import ALL_TASKS, Question, questions, scores
-from vllm_avl.bundled.export import checksum
 from vllm_avl.bundled.picture import NUM_PATCHES
 
 if TYPE_CHECKING:
-    from scoring.engine import Engine
+    from benchmarks.scoring.engine import Engine
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -149,7 +149,7 @@ def measure(args: argparse.Namespace, file: Path, model: dict[str, object]) -> N
 @contextmanager
 def _started(model: Path, server: Settings) -> Iterator[Engine]:
     # It starts vLLM, which reads the environment above.
-    from scoring.engine import Engine
+    from benchmarks.scoring.engine import Engine
 
     engine = Engine(model, dict(server))
     try:

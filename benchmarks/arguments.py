@@ -6,9 +6,8 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from report import RESULTS
-
-from vllm_avl.testing.models import ModelSize
+from benchmarks.report import RESULTS
+from benchmarks.testing.models import ModelSize
 
 CHECKPOINTS = Path(__file__).parents[1] / ".cache" / "benchmarks"
 

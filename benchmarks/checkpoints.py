@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from vllm_avl.testing import models
-from vllm_avl.testing.models import ModelSize
+from benchmarks.testing import models
+from benchmarks.testing.models import ModelSize
 
 VISION_TOKENS_PER_IMAGE = 576
 

@@ -16,14 +16,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
-import arguments
-import checkpoints
-from engines import Engine, Request, Run, requests, store
-from plots import draw_concurrency
-from report import append_rows, machine, print_heading, print_table, spread
 from tqdm import tqdm
 
-from vllm_avl.testing.models import ModelSize
+from benchmarks import arguments, checkpoints
+from benchmarks.engines import Engine, Request, Run, requests, store
+from benchmarks.plots import draw_concurrency
+from benchmarks.report import append_rows, machine, print_heading, print_table, spread
+from benchmarks.testing.models import ModelSize
 
 STOCK = "stock"
 SIZE = ModelSize(

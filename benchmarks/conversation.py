@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from engines import Engine, Request, Run
 from PIL import Image
 
-from vllm_avl.testing import models
+from benchmarks.engines import Engine, Request, Run
+from benchmarks.testing import models
 
 QUESTIONS = (
     "What do the pictures show?",

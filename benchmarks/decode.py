@@ -16,16 +16,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import arguments
-import checkpoints
 import torch
-from decode_watch import Steps, median, watched
-from engines import Engine, Request, requests
-from plots import draw_decode
-from report import append_rows, machine, print_heading, print_table, spread
 from tqdm import tqdm
 
-from vllm_avl.testing.models import ModelSize
+from benchmarks import arguments, checkpoints
+from benchmarks.decode_watch import Steps, median, watched
+from benchmarks.engines import Engine, Request, requests
+from benchmarks.plots import draw_decode
+from benchmarks.report import append_rows, machine, print_heading, print_table, spread
+from benchmarks.testing.models import ModelSize
 
 STOCK = "stock"
 SIZE = ModelSize(

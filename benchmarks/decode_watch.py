@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
-from engines import Run
+from benchmarks.engines import Run
 
 
 @dataclass

@@ -21,16 +21,16 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
-import eagle_head
-from arguments import CHECKPOINTS
-from report import RESULTS, append_rows, machine, print_heading, print_table
 from tqdm import tqdm
 
+from benchmarks import eagle_head
+from benchmarks.arguments import CHECKPOINTS
+from benchmarks.report import RESULTS, append_rows, machine, print_heading, print_table
+from benchmarks.training.evaluate import ALL_TASKS, Question, max_tokens, questions
 from vllm_avl.bundled import WEIGHTS
-from vllm_avl.bundled.evaluate import ALL_TASKS, Question, max_tokens, questions
 
 if TYPE_CHECKING:
-    from vllm_avl.testing.engine import Engine
+    from benchmarks.testing.engine import Engine
 
 SEATS = 8
 
@@ -95,7 +95,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def measure(args: argparse.Namespace, head: Path) -> list[dict[str, object]]:
     """Let every engine answer every task, round by round."""
-    from vllm_avl.testing.engine import Engine
+    from benchmarks.testing.engine import Engine
 
     drafts = {
         "method": "eagle",

@@ -17,10 +17,10 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
+from benchmarks.testing.models import drafters
+from benchmarks.training.evaluate import Question
 from vllm_avl.bundled import WEIGHTS
-from vllm_avl.bundled.evaluate import Question
 from vllm_avl.bundled.samples import make_sample
-from vllm_avl.testing.models import drafters
 
 TASKS = ("caption", "doc", "ocr", "vqa")
 BATCH, LEARNING_RATE, STATE_WEIGHT = 8, 2e-3, 0.1

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from checkpoints import VISION_TOKENS_PER_IMAGE, Model
 from PIL import Image
 
-from vllm_avl.testing import models
-from vllm_avl.testing.models.tokens import BOS
+from benchmarks.checkpoints import VISION_TOKENS_PER_IMAGE, Model
+from benchmarks.testing import models
+from benchmarks.testing.models.tokens import BOS
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -172,7 +172,7 @@ class Engine:
         collects_stats: bool = False,
     ) -> None:
         """Start it; `settings` are the plug-in's, None is stock."""
-        from vllm_avl.testing import engine
+        from benchmarks.testing import engine
 
         torch.set_num_threads(threads)
         self._inside = engine.Engine(

@@ -20,14 +20,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
-import arguments
-import checkpoints
-from engines import STOCK, Engine, Request, Run, requests, run_together
-from plots import draw_host_time
-from report import append_rows, last_rows, machine, print_heading, print_table, spread
 from tqdm import tqdm
 
-from vllm_avl.testing.models import ModelSize
+from benchmarks import arguments, checkpoints
+from benchmarks.engines import STOCK, Engine, Request, Run, requests, run_together
+from benchmarks.plots import draw_host_time
+from benchmarks.report import (
+    append_rows,
+    last_rows,
+    machine,
+    print_heading,
+    print_table,
+    spread,
+)
+from benchmarks.testing.models import ModelSize
 
 SIZE = ModelSize(
     hidden_size=32,

@@ -17,13 +17,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from report import RESULTS, append_rows, machine, print_heading, print_table
 from tqdm import tqdm
 
+from benchmarks.report import RESULTS, append_rows, machine, print_heading, print_table
+from benchmarks.training.evaluate import ALL_TASKS, MAX_IMAGES
 from vllm_avl.bundled import WEIGHTS
-from vllm_avl.bundled.evaluate import ALL_TASKS, MAX_IMAGES
+from vllm_avl.demo.server import ServerError, json_option, serve
 from vllm_avl.policies import POLICIES
-from vllm_avl.testing.server import ServerError, json_option, serve
 
 REPOSITORY = Path(__file__).parents[1]
 TASKS = Path(__file__).parent / "lmms_tasks"

@@ -15,15 +15,14 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-import arguments
-import checkpoints
-from engines import Engine, Request, requests, store
-from report import append_rows, machine, print_heading, print_table
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from vllm_avl.kernels.cpu import threads
 
-from vllm_avl.testing.models import ModelSize
+from benchmarks import arguments, checkpoints
+from benchmarks.engines import Engine, Request, requests, store
+from benchmarks.report import append_rows, machine, print_heading, print_table
+from benchmarks.testing.models import ModelSize
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import arguments
-import checkpoints
-from engines import Engine, Request, Run, requests, run_together
-from report import append_rows, machine, print_heading, print_table, spread
 from tqdm import tqdm
 
-from vllm_avl.testing.models import ModelSize
+from benchmarks import arguments, checkpoints
+from benchmarks.engines import Engine, Request, Run, requests, run_together
+from benchmarks.report import append_rows, machine, print_heading, print_table, spread
+from benchmarks.testing.models import ModelSize
 
 PRESSURE = {"engage": "pressure"}
 CORE = {"vision_core_ratio": 0.3}

@@ -14,13 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
-import arguments
-import checkpoints
-from engines import Engine, Request, Run, requests, rotated, store
-from report import append_rows, machine, print_heading, print_table, spread
 from tqdm import tqdm
 
-from vllm_avl.testing.models import ModelSize
+from benchmarks import arguments, checkpoints
+from benchmarks.engines import Engine, Request, Run, requests, rotated, store
+from benchmarks.report import append_rows, machine, print_heading, print_table, spread
+from benchmarks.testing.models import ModelSize
 
 AVL, SAME, SHIPPED = "avl", "stock, same block size", "stock, shipped"
 Runs = dict[tuple[str, int], list[Run]]

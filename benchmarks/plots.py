@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engines import Run
-from figures import save
 from matplotlib import pyplot
+
+from benchmarks.engines import Run
+from benchmarks.figures import save
 
 
 def draw_concurrency(runs: Mapping[str, Run], file: Path) -> None:

@@ -21,15 +21,15 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from vllm_avl.testing.models import ModelSize, random_image
-from vllm_avl.testing.models.tokens import (
+from benchmarks.testing.models import ModelSize, random_image
+from benchmarks.testing.models.tokens import (
     BOS,
     CHAT_TEMPLATE,
     EOS,
     PAD,
     PLACEHOLDERS,
 )
-from vllm_avl.testing.server import (
+from vllm_avl.demo.server import (
     ENVIRONMENT,
     Server,
     ServerError,

@@ -31,17 +31,24 @@ from pathlib import Path
 
 import httpx
 import openai
-import served_models
 import torch
-from arguments import CHECKPOINTS
-from figures import save
-from gpu.environment import gpu
 from matplotlib import pyplot
-from report import RESULTS, append_rows, machine, print_heading, print_table, spread
-from served_models import MODELS, Client, Run, Workload
 from tqdm import tqdm
 
-from vllm_avl.testing.server import ONE_THREAD, Server, ServerError, serve
+from benchmarks import served_models
+from benchmarks.arguments import CHECKPOINTS
+from benchmarks.figures import save
+from benchmarks.gpu.environment import gpu
+from benchmarks.report import (
+    RESULTS,
+    append_rows,
+    machine,
+    print_heading,
+    print_table,
+    spread,
+)
+from benchmarks.served_models import MODELS, Client, Run, Workload
+from vllm_avl.demo.server import ONE_THREAD, Server, ServerError, serve
 
 STOCK, AVL, TRITON = "stock", "avl", "stock TRITON_ATTN"
 GATE_TOKENS = 16

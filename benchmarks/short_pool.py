@@ -6,11 +6,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from conversation import Pictures, begin, following, questions
-from engines import AVL, STOCK, Engine, Run, median, rotated
 from PIL import Image
-from report import spread
 from tqdm import tqdm
+
+from benchmarks.conversation import Pictures, begin, following, questions
+from benchmarks.engines import AVL, STOCK, Engine, Run, median, rotated
+from benchmarks.report import spread
 
 Runs = dict[str, list[Run]]
 Images = Sequence[list[Image.Image]]

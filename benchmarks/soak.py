@@ -27,19 +27,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-from arguments import CHECKPOINTS
-from report import RESULTS, append_rows, machine, print_heading, print_table
-from soaking import faults, names, probes, stock, target
-from soaking.aborts import Aborts
-from soaking.fuzz import REQUIREMENT, Fuzz
-from soaking.kill import kill
-from soaking.ledger import Ledger, Suspect
-from soaking.load import Load
-from soaking.probes import PROBES, Expected, Prober
-from soaking.watch import Watch
 from tqdm import tqdm
 
-from vllm_avl.testing.server import Server, ServerError
+from benchmarks.arguments import CHECKPOINTS
+from benchmarks.report import RESULTS, append_rows, machine, print_heading, print_table
+from benchmarks.soaking import faults, names, probes, stock, target
+from benchmarks.soaking.aborts import Aborts
+from benchmarks.soaking.fuzz import REQUIREMENT, Fuzz
+from benchmarks.soaking.kill import kill
+from benchmarks.soaking.ledger import Ledger, Suspect
+from benchmarks.soaking.load import Load
+from benchmarks.soaking.probes import PROBES, Expected, Prober
+from benchmarks.soaking.watch import Watch
+from vllm_avl.demo.server import Server, ServerError
 
 Activity = Callable[[threading.Event, Ledger], None]
 ENGINE = "VLLM::EngineCore"

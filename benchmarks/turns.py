@@ -14,17 +14,22 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 
-import arguments
-import checkpoints
-import short_pool
-from conversation import Pictures, ask, begin, longest
-from engines import AVL, STOCK, Engine, Run, median, rotated
-from plots import draw_turns
-from report import append_rows, last_rows, machine, print_heading, print_table, spread
-from short_pool import Load
 from tqdm import tqdm
 
-from vllm_avl.testing.models import ModelSize
+from benchmarks import arguments, checkpoints, short_pool
+from benchmarks.conversation import Pictures, ask, begin, longest
+from benchmarks.engines import AVL, STOCK, Engine, Run, median, rotated
+from benchmarks.plots import draw_turns
+from benchmarks.report import (
+    append_rows,
+    last_rows,
+    machine,
+    print_heading,
+    print_table,
+    spread,
+)
+from benchmarks.short_pool import Load
+from benchmarks.testing.models import ModelSize
 
 SIZE = ModelSize(
     hidden_size=512,

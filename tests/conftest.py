@@ -19,16 +19,16 @@ from pathlib import Path
 import garbage
 import pytest
 
-from vllm_avl.testing import models
-from vllm_avl.testing.engine import Engine
+from benchmarks.testing import models
+from benchmarks.testing.engine import Engine
 
 TESTS = Path(__file__).parent
 LONGEST = (
     *("engine/test_families.py", "standin/test_standin.py", "engine/test_drafts.py"),
     *("engine/test_integrity.py", "standin/test_graphs.py", "engine/test_oracle.py"),
     *("engine/test_requests.py", "bundled/test_weights.py", "worker/test_layer.py"),
-    *("e2e/test_endpoints.py", "benchmarks/test_soak_quick.py"),
-    *("bundled/test_small.py", "benchmarks/test_quick.py"),
+    *("e2e/test_endpoints.py", "bench/test_soak_quick.py"),
+    *("bundled/test_small.py", "bench/test_quick.py"),
 )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from vllm_avl.bundled.evaluate import Question
+from benchmarks.training.evaluate import Question
 
 FOLDER = Path(__file__).parent / "bundled" / "questions"
 

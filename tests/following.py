@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import Settings
 
-from vllm_avl.testing.engine import Ask, picture
+from benchmarks.testing.engine import Ask, picture
 
 NUM_STEPS = 64
 BUDGET = 2e-4

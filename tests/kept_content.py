@@ -10,15 +10,15 @@ from typing import Any
 import httpx
 from preloaded import serve
 
-from vllm_avl.front_end import schema
-from vllm_avl.testing import models
-from vllm_avl.testing.server import (
+from benchmarks.testing import models
+from vllm_avl.demo.server import (
     ONE_THREAD,
     Server,
     json_option,
     picture_url,
     user_message,
 )
+from vllm_avl.front_end import schema
 
 KEY = "none"  # what the test server's own client sends
 SETTINGS = {"vision_core_ratio": 0.3, "introspection": 4, "show_content": True}

@@ -27,7 +27,7 @@ import garbage
 import prometheus_client.values
 import setproctitle
 
-from vllm_avl.testing import server
+from vllm_avl.demo import server
 
 IMPORTED = (
     "vllm.entrypoints.cli.serve",
@@ -145,7 +145,7 @@ def start(args: Sequence[str], environment: Mapping[str, str], output: int) -> P
 
 
 serve = functools.partial(server.serve, start=start)
-"""`vllm_avl.testing.server.serve`, sooner."""
+"""`vllm_avl.demo.server.serve`, sooner."""
 
 
 def run(

@@ -23,7 +23,7 @@ def test_wheel(tmp_path):
         for file in (ROOT / folder).rglob("*.py"):
             path = file.relative_to(ROOT).as_posix()
             assert path.replace("kernels/", "vllm_avl/kernels/") in names
-    for file in (ROOT / "vllm_avl" / "endpoints" / "static").iterdir():
+    for file in (ROOT / "vllm_avl" / "front_end" / "static").iterdir():
         assert file.relative_to(ROOT).as_posix() in names
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"vllm_avl"}

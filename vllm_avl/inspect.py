@@ -77,13 +77,12 @@ def ask(args: argparse.Namespace, picture: Image.Image) -> tuple[str, Any, Any]:
 
 def _demo_options() -> dict[str, Any]:
     """Return the demo's model, as small as it serves."""
-    from vllm_avl.bundled import WEIGHTS
-    from vllm_avl.testing import demo
-    from vllm_avl.testing.server import ONE_THREAD
+    from vllm_avl.bundled import LIMITS, WEIGHTS
+    from vllm_avl.demo.server import ONE_THREAD
 
     for name, value in ONE_THREAD.items():
         os.environ.setdefault(name, value)
-    print(demo.SMALL)
+    print(LIMITS)
     return {
         "model": str(WEIGHTS),
         "dtype": "float32",

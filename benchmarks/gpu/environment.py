@@ -83,6 +83,7 @@ def make(folder: Path, bundle: Path | None, wheels: Path | None) -> None:
     added = "; ".join(f"site.addsitedir({str(path)!r})" for path in found)
     (site / "others.pth").write_text(f"import site; {added}\n")
     install(ROOT, site)
+    install(ROOT / "benchmarks", site)
     # Benchmarks start servers by this name, beside their interpreter.
     script = folder / "bin" / "vllm"
     script.write_text(VLLM_SCRIPT.format(python=folder / "bin" / "python"))
@@ -159,7 +160,7 @@ def write_metadata(project: Mapping[str, Any], site: Path) -> None:
     lines = [f"{key}: {value}" for key, value in names.items()]
     (info / "METADATA").write_text("\n".join(["Metadata-Version: 2.1", *lines, ""]))
     entries = []
-    for group, targets in project["entry-points"].items():
+    for group, targets in project.get("entry-points", {}).items():
         entries.append(f"[{group}]")
         entries += [f"{name} = {target}" for name, target in targets.items()]
     (info / "entry_points.txt").write_text("\n".join(entries) + "\n")

@@ -112,7 +112,7 @@ def gpu_steps(paths: Paths, shared: Mapping[str, str]) -> list[Step]:
     graphs = ["--compilation-config", json.dumps(GRAPHS)]
     bundled = [("vllm-kernels", run.bundled_checks(), 40, headlines.checks)]
     listed = [
-        ("smoke", run.script("gpu/smoke.py"), 75, headlines.last_words),
+        ("smoke", run.smoke(), 75, headlines.last_words),
         (
             "kernels",
             run.tests(KERNEL_TESTS, *SOME_FAIL, "-n", "8", "-k", QUARTER),
@@ -168,7 +168,7 @@ def standin_steps(paths: Paths, shared: Mapping[str, str]) -> list[Step]:
     rows, small = headlines.Rows(paths.results), ("--interpret", "--shapes", "gqa")
     served = ("--output-tokens", "16", "--enforce-eager")
     listed = [
-        ("smoke", run.script("gpu/smoke.py", "--standin"), 240, headlines.last_words),
+        ("smoke", run.smoke("--standin"), 240, headlines.last_words),
         (
             "kernels",
             run.tests(
@@ -222,6 +222,10 @@ class Commands:
     def script(self, name: str, *options: str) -> list[str]:
         """Return a benchmark's command line."""
         return [self.paths.python, str(BENCHMARKS / name), *options]
+
+    def smoke(self, *options: str) -> list[str]:
+        """Return the command line of a first few answers."""
+        return [self.paths.python, str(ROOT / "tests" / "gpu_smoke.py"), *options]
 
     def tests(self, folder: str, *options: str) -> list[str]:
         """Return pytest's command line."""

@@ -23,16 +23,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import baselines
-import harness
 import torch
-from over_batch import draw_over_batch
-from paged import SHAPES, TINY, Heads, Pool, Reads
-from timing import num_copies
 from vllm_avl.kernels.cuda import reference_attention
 from vllm_avl.kernels.cuda import selected_attention as kernels
-from ways import CHECKED_REQUESTS, Check, Way, Workload, on_copies
 
+from benchmarks.kernels import baselines, harness
+from benchmarks.kernels.over_batch import draw_over_batch
+from benchmarks.kernels.paged import SHAPES, TINY, Heads, Pool, Reads
+from benchmarks.kernels.timing import num_copies
+from benchmarks.kernels.ways import CHECKED_REQUESTS, Check, Way, Workload, on_copies
 from vllm_avl.worker.cuda.core_lists import num_splits
 
 

@@ -8,8 +8,9 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from paged import Heads, Pool, Reads
 from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.kernels.paged import Heads, Pool, Reads
 
 TRITON, FLASH, XFORMERS = "TRITON_ATTN", "FLASH_ATTN", "xformers"
 SLICE = "index_select + SDPA"

@@ -18,11 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import harness
 import torch
-from baselines import flash_function
-from paged import SHAPES, TINY, Heads, Pool
-from timing import num_copies
 from torch.nn.functional import scaled_dot_product_attention
 from vllm_avl.kernels.cuda import (
     copy_rows,
@@ -32,7 +28,12 @@ from vllm_avl.kernels.cuda import (
     select_core,
     vision_scores,
 )
-from ways import Bits, Check, Way, Workload, on_copies
+
+from benchmarks.kernels import harness
+from benchmarks.kernels.baselines import flash_function
+from benchmarks.kernels.paged import SHAPES, TINY, Heads, Pool
+from benchmarks.kernels.timing import num_copies
+from benchmarks.kernels.ways import Bits, Check, Way, Workload, on_copies
 
 PREFILL = "prefill"
 PRIVATE, IN_PLACE = "private", "in place"

@@ -11,14 +11,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import timing
 import torch
 import triton
-from shared import RESULTS, append_rows, machine, print_heading, print_table
 from tqdm import tqdm
-from ways import Workload
 
-from vllm_avl.testing.interpreted import interpreted
+from benchmarks.kernels import timing
+from benchmarks.kernels.ways import Workload
+from benchmarks.report import RESULTS, append_rows, machine, print_heading, print_table
+from benchmarks.testing.interpreted import interpreted
 
 NO_DEVICE = "no CUDA device: nothing was measured"
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}

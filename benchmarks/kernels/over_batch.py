@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib import pyplot
-from shared import save
+
+from benchmarks.figures import save
 
 Row = Mapping[str, object]
 

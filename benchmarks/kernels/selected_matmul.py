@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import harness
 import torch
-from over_batch import draw_over_batch
-from timing import num_copies
 from vllm_avl.kernels.cuda import reference
 from vllm_avl.kernels.cuda import select_rows_matmul as operators
-from ways import CHECKED_REQUESTS, Check, Way, Workload, on_copies
+
+from benchmarks.kernels import harness
+from benchmarks.kernels.over_batch import draw_over_batch
+from benchmarks.kernels.timing import num_copies
+from benchmarks.kernels.ways import CHECKED_REQUESTS, Check, Way, Workload, on_copies
 
 FULL, SLICE = "full matmul", "index_select + matmul"
 PARTS = ("q·Kᵀ", "p·V", "both")

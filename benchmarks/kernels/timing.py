@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from shared import spread
 from tqdm import tqdm
-from ways import Way
+
+from benchmarks.kernels.ways import Way
+from benchmarks.report import spread
 
 L2_CACHES = 4
 """Bytes that calls touch before one touches the same again, in L2 caches."""

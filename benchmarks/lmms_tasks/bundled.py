@@ -6,7 +6,7 @@ A row of a dataset says task and number of a question; all else is drawn from th
 from functools import cache
 from statistics import fmean
 
-from vllm_avl.bundled.evaluate import Question, questions, scores
+from benchmarks.training.evaluate import Question, questions, scores
 
 
 @cache

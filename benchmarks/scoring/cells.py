@@ -45,7 +45,7 @@ class Cell:
 
     @property
     def control(self) -> str:
-        """Which pictures are shown, as `bundled.evaluate.questions` takes it."""
+        """Which pictures are shown, as `training.evaluate.questions` takes it."""
         return self.name if self.part == "control" else "full"
 
     @property

@@ -12,8 +12,8 @@ from typing import Any
 
 from vllm import SamplingParams
 
-from vllm_avl.bundled.evaluate import MAX_IMAGES, Question, max_tokens
-from vllm_avl.testing import engine
+from benchmarks.testing import engine
+from benchmarks.training.evaluate import MAX_IMAGES, Question, max_tokens
 
 BLOCK_SIZE = 32
 POOL_BYTES = 256 << 20

@@ -8,7 +8,7 @@ from math import sqrt
 
 from PIL import Image
 
-from vllm_avl.bundled.evaluate import Question
+from benchmarks.training.evaluate import Question
 
 
 def shrunk(asked: Sequence[Question], pixels: float) -> Sequence[Question]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from figures import save
 from matplotlib import pyplot
+
+from benchmarks.figures import save
 
 Row = Mapping[str, str]
 MARKERS = "osD^vPx"

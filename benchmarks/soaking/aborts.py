@@ -10,9 +10,9 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from soaking.ledger import Ledger
-from soaking.target import random_body
-from vllm_avl.testing.server import Server
+from benchmarks.soaking.ledger import Ledger
+from benchmarks.soaking.target import random_body
+from vllm_avl.demo.server import Server
 
 NUM_TOKENS = 200
 LONGEST_WAIT = 1.5

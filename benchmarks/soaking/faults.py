@@ -12,11 +12,11 @@ from typing import Any
 
 import httpx
 
-from soaking import pictures
-from soaking.ledger import Ledger, Suspect
-from soaking.target import MAX_IMAGES, MAX_MODEL_LEN, body
-from vllm_avl.testing import models
-from vllm_avl.testing.server import (
+from benchmarks.soaking import pictures
+from benchmarks.soaking.ledger import Ledger, Suspect
+from benchmarks.soaking.target import MAX_IMAGES, MAX_MODEL_LEN, body
+from benchmarks.testing import models
+from vllm_avl.demo.server import (
     Server,
     data_url,
     free_port,

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from soaking.ledger import Ledger, Suspect
-from vllm_avl.testing.server import Server
+from benchmarks.soaking.ledger import Ledger, Suspect
+from vllm_avl.demo.server import Server
 
 REQUIREMENT = "schemathesis==4.32.5"
 PATHS = (

@@ -13,9 +13,9 @@ from contextlib import suppress
 import httpx
 import psutil
 
-from soaking.ledger import Ledger
-from soaking.target import body, named, processes
-from vllm_avl.testing.server import Server
+from benchmarks.soaking.ledger import Ledger
+from benchmarks.soaking.target import body, named, processes
+from vllm_avl.demo.server import Server
 
 NUM_CLIENTS = 6
 NUM_TOKENS = 1500

@@ -10,9 +10,9 @@ import sys
 import threading
 from pathlib import Path
 
-from soaking.ledger import Ledger
-from soaking.target import MAX_IMAGES, XARGS
-from vllm_avl.testing.server import ENVIRONMENT, ServerError
+from benchmarks.soaking.ledger import Ledger
+from benchmarks.soaking.target import MAX_IMAGES, XARGS
+from vllm_avl.demo.server import ENVIRONMENT, ServerError
 
 CLIENT = Path(__file__).with_name("client.py")
 READY, DONE = "ready", "done"

@@ -9,9 +9,9 @@ from typing import Any
 
 import httpx
 
-from soaking.ledger import Ledger
-from soaking.probes import PROBES, Expected, Probe
-from vllm_avl.testing.server import Server
+from benchmarks.soaking.ledger import Ledger
+from benchmarks.soaking.probes import PROBES, Expected, Probe
+from vllm_avl.demo.server import Server
 
 HEADERS = {"X-Request-Id": "the-same"}
 PAUSE_SECONDS = 2

@@ -7,8 +7,8 @@ import struct
 import zlib
 from collections.abc import Mapping
 
-from vllm_avl.testing import models
-from vllm_avl.testing.server import png
+from benchmarks.testing import models
+from vllm_avl.demo.server import png
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 AFTER_HEADER = len(SIGNATURE) + 25

@@ -11,9 +11,9 @@ from typing import Any
 
 import httpx
 
-from soaking.ledger import Ledger
-from soaking.target import body
-from vllm_avl.testing.server import Server
+from benchmarks.soaking.ledger import Ledger
+from benchmarks.soaking.target import body
+from vllm_avl.demo.server import Server
 
 EVERY_SECONDS = 10.0
 LIMIT_SECONDS = 300.0

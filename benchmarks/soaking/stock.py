@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import httpx
 
-from soaking.ledger import Ledger, Suspect
-from vllm_avl.testing.server import Server
+from benchmarks.soaking.ledger import Ledger, Suspect
+from vllm_avl.demo.server import Server
 
 
 def compare(server: Server, suspects: Sequence[Suspect], ledger: Ledger) -> list[str]:

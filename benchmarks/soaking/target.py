@@ -14,8 +14,8 @@ import httpx
 import psutil
 from tqdm import tqdm
 
-from vllm_avl.testing import models
-from vllm_avl.testing.server import (
+from benchmarks.testing import models
+from vllm_avl.demo.server import (
     ONE_THREAD,
     Server,
     ServerError,

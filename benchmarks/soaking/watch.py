@@ -7,8 +7,8 @@ from collections import Counter
 
 import httpx
 
-from soaking.target import resident_mb
-from vllm_avl.testing.server import Server
+from benchmarks.soaking.target import resident_mb
+from vllm_avl.demo.server import Server
 
 EVERY_SECONDS = 2.0
 PEAKS = {

@@ -18,8 +18,11 @@ find_python() {
   return 1
 }
 
+# An image has the plug-in alone.
+projects=(.)
+[ ! -e benchmarks ] || projects+=(./benchmarks)
 wanted=$(cat "$here"/requirements.txt "$here"/setup.sh "$here"/torchvision_cpu.py \
-  "$here"/vllm_metadata/pyproject.toml pyproject.toml | sha256sum | cut -d' ' -f1)
+  "$here"/vllm_metadata/pyproject.toml "${projects[@]/%//pyproject.toml}" | sha256sum | cut -d' ' -f1)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && "$venv/bin/python" -c '' 2>/dev/null; then
   exit 0
 fi
@@ -48,7 +51,7 @@ cp "$here/torchvision_cpu.py" "$site/torchvision_cpu.py"
 echo "import torchvision_cpu" >"$site/torchvision_cpu.pth"
 step 5 "vllm-avl (editable)"
 "${pip[@]}" install -q --no-deps --no-compile --no-build-isolation "./$here/vllm_metadata"
-"${pip[@]}" install -q --no-deps --no-compile --no-build-isolation -e .
+"${pip[@]}" install -q --no-deps --no-compile --no-build-isolation "${projects[@]/#/--editable=}"
 rm -rf "$here"/vllm_metadata/build "$here"/vllm_metadata/*.egg-info
 
 "$venv/bin/python" -c 'import vllm, torchvision, vllm_avl'

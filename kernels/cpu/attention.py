@@ -13,17 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from numba import carray, types
+from vllm_avl.kernels.cpu.decode_rows import DecodeRows
+from vllm_avl.kernels.cpu.listed_slots import TILES_BYTES, list_part, move_lists
 from vllm_avl.kernels.cpu.packed import (
-    ENTRY,
-    VECTOR,
     add_packed_values,
-    end_pairs,
-    list_pair,
     weigh_packed,
 )
 from vllm_avl.kernels.cpu.pairs import (
-    LINE,
-    PAIRS,
     add_value_pairs,
     is_paired,
     pack_weights,
@@ -41,12 +37,10 @@ from vllm_avl.kernels.cpu.threads import (
     write,
 )
 from vllm_avl.kernels.cpu.tiles import (
-    AHEAD,
     PART,
     PICKED_BYTES,
     TILE,
     add_values,
-    end_list,
     weigh_tile,
 )
 from vllm_avl.kernels.cpu.vectors import (
@@ -62,110 +56,6 @@ from vllm_avl.kernels.cpu.vectors import (
     store_as,
 )
 
-_TILES_BYTES = 16 * (PART // TILE)
-
-
-@compiled
-def _list_values(
-    lists: int, count: int, values: int, step: int, tile: int, marks: int
-) -> int:
-    """List a tile's values that are read, `step` bytes apart; return the count."""
-    for number in range(TILE):
-        write(lists, types.int64, 2 * count, values + number * step)
-        write(lists, types.int64, 2 * count + 1, 4 * (tile * TILE + number))
-        count += read(marks, types.uint8, number)
-    return count
-
-
-@compiled
-def _list_pairs(
-    lists: int, count: int, values: int, step: int, tile: int, marks: int
-) -> int:
-    """The same, of packed values."""
-    for pair in range(TILE // 2):
-        is_read = read(marks, types.uint8, 2 * pair)
-        is_read += 2 * read(marks, types.uint8, 2 * pair + 1)
-        number = tile * TILE + 2 * pair
-        count = list_pair(lists, count, values + pair * step, number, is_read)
-    return count
-
-
-@compiled
-def _list_part(call: Any, row: int, head: int, part: int, lists: int) -> tuple:
-    """List the tiles of a part with a slot to read, and the values of such slots.
-
-    `lists` is the address of picked values as `add_tile` takes them, or `list_pair`
-    writes them where they are packed, then of int64 [PART // TILE, 2], address of a
-    tile's keys and its number in the part, then of a byte for each slot of the listed
-    tiles: whether it is read.
-
-    Returns:
-        Numbers of tiles and of values.
-    """
-    tiles = lists + PICKED_BYTES
-    marks = tiles + _TILES_BYTES
-    block_size, itemsize = call.block_size, call.itemsize
-    half = block_size * call.head_size * itemsize
-    cache = call.cache + head * 2 * half
-    length = read(call.num_tokens, types.int64, row)
-    mask = read(call.masks, types.int64, row)
-    num_masked = read(call.num_masked, types.int64, row) if mask else 0
-    mask += head * read(call.mask_steps, types.int64, row)
-    blocks = read(call.blocks, types.int64, row)
-    num_tiles, num_picked = 0, 0
-    for first in range(part * PART, min((part + 1) * PART, length), TILE):
-        block, slot = divmod(first, block_size)
-        block = np.int64(read(blocks, types.int32, block))
-        keys = cache + block * (call.num_kv_heads * 2 * half)
-        values = keys + half
-        of_tile = marks + num_tiles * TILE
-        for number in range(TILE):
-            at = first + number
-            is_read = at < length
-            if at < num_masked:
-                is_read &= read(mask, types.uint8, at) != 0
-            write(of_tile, types.uint8, number, is_read)
-        before = num_picked
-        if call.packed:
-            keys += slot * call.head_size * itemsize
-            step = VECTOR * itemsize
-            values += slot // 2 * step
-            num_picked = _list_pairs(
-                lists, num_picked, values, step, num_tiles, of_tile
-            )
-        else:
-            keys += slot * itemsize
-            step = call.head_size * itemsize
-            values += slot * step
-            num_picked = _list_values(
-                lists, num_picked, values, step, num_tiles, of_tile
-            )
-        if num_picked > before:
-            write(tiles, types.int64, 2 * num_tiles, keys)
-            number = first // TILE - part * (PART // TILE)
-            write(tiles, types.int64, 2 * num_tiles + 1, number)
-            num_tiles += 1
-    if call.packed:
-        end_pairs(lists, num_picked)
-    else:
-        end_list(lists, num_picked)
-    return num_tiles, num_picked
-
-
-@compiled
-def _move_lists(
-    call: Any, lists: int, num_tiles: int, num_picked: int, distance: int
-) -> None:
-    """Let what `_list_part` has listed be the same of another head."""
-    tiles = lists + PICKED_BYTES
-    for tile in range(num_tiles):
-        keys = read(tiles, types.int64, 2 * tile)
-        write(tiles, types.int64, 2 * tile, keys + distance)
-    step = ENTRY if call.packed else 2
-    for index in range(0, step * (num_picked + AHEAD), step):
-        values = read(lists, types.int64, index)
-        write(lists, types.int64, index, values + distance)
-
 
 @inlined
 def _weigh(
@@ -173,7 +63,7 @@ def _weigh(
 ) -> None:
     """Weights of the listed tiles' slots, 0 where a slot is not read."""
     tiles = lists + PICKED_BYTES
-    marks = tiles + _TILES_BYTES
+    marks = tiles + TILES_BYTES
     group, count = call.group, num_tiles * TILE
     step, size = call.block_size * call.itemsize, call.head_size
     for tile in range(num_tiles):
@@ -279,7 +169,7 @@ def _add_values(
     if not call.paired:
         add_values(call.element, lists, num_picked, size, weights, group, outputs)
         return
-    marks = lists + PICKED_BYTES + _TILES_BYTES
+    marks = lists + PICKED_BYTES + TILES_BYTES
     narrow = marks + PART
     if call.packed:
         pack_weights(weights, group, num_tiles * TILE, 0, narrow)
@@ -331,9 +221,9 @@ def _attend(data: Any) -> None:
             and not read(call.mask_steps, types.int64, row)
         ):
             distance = (head - of_head) * head_bytes
-            _move_lists(call, lists, num_tiles, num_picked, distance)
+            move_lists(call, lists, num_tiles, num_picked, distance)
         else:
-            num_tiles, num_picked = _list_part(call, row, head, part, lists)
+            num_tiles, num_picked = list_part(call, row, head, part, lists)
         of_row, of_part, of_head = row, part, head
         norms = call.norms + 8 * place * group
         _weigh(call, queries, lists, num_tiles, weights, norms)
@@ -360,82 +250,6 @@ LOOP = Loop(
     ],
     ["scale", "soft_cap", "value_scale"],
 )
-
-
-class DecodeRows:
-    """What decode rows read in a step, the same in all layers.
-
-    Args:
-        tokens: [num_rows] each row's index in query and output, int64.
-        block_table: [num_rows, max_blocks] block ids of their sequences, int32.
-        num_tokens: [num_rows] keys that each attends, at least 1, int64.
-        num_masked: [num_rows] first slots that a mask covers, int64; all slots behind
-            them are read, and with 0 all slots.
-        mask_stride: [num_rows] bytes between the masks of two KV heads, int64; 0 for
-            one mask for all heads.
-        scored: [num_rows] bool, whose probabilities are wanted.
-    """
-
-    def __init__(
-        self,
-        tokens: np.ndarray,
-        block_table: torch.Tensor,
-        num_tokens: np.ndarray,
-        num_masked: np.ndarray,
-        mask_stride: np.ndarray,
-        scored: np.ndarray,
-    ) -> None:
-        assert block_table.dtype == torch.int32
-        assert block_table.stride(1) == 1
-        self.tokens, self.block_table, self.num_tokens = tokens, block_table, num_tokens
-        self.num_masked, self.mask_stride, self.scored = num_masked, mask_stride, scored
-        num_rows = len(tokens)
-        blocks = block_table.data_ptr()
-        blocks += 4 * block_table.stride(0) * np.arange(num_rows, dtype=np.int64)
-        ends = np.cumsum(-(-num_tokens // PART))
-        arrays = tokens, blocks, num_tokens, num_masked, mask_stride, ends
-        self._num_parts = int(ends[-1]) if num_rows else 0
-        # Loops read these by address.
-        self._numbers = np.stack([part.astype(np.int64) for part in arrays])
-        first = self._numbers.ctypes.data
-        self.addresses = (*(first + 8 * num_rows * n for n in range(len(arrays))),)
-        self._scored = scored.nonzero()[0].tolist()
-        self._nothing_paid = np.zeros(num_rows, np.int64)
-        self._scratch: dict[tuple[int, ...], Any] = {}
-
-    def scratch(self, num_kv_heads: int, group: int, head_size: int) -> Any:
-        """Addresses of what a call counts with and writes to, kept for all layers."""
-        threads = torch.get_num_threads()
-        key = threads, num_kv_heads, group, head_size
-        if key not in self._scratch:
-            items = self._num_parts * num_kv_heads
-            counts = torch.zeros(len(self.tokens) * num_kv_heads + 1, dtype=torch.int64)
-            of_items = torch.empty(items * group * (head_size + 2), dtype=torch.float32)
-            of_thread = 4 * (head_size * (group + 1) + group * PART)
-            of_thread += PICKED_BYTES + _TILES_BYTES + PART + PAIRS * group * LINE
-            of_thread = -(-of_thread // 64) * 64
-            of_threads = torch.empty(threads * of_thread, dtype=torch.uint8)
-            norms = of_items.data_ptr() + 4 * items * group * head_size
-            taken = counts.data_ptr()
-            numbers = items, taken, taken + 8, norms, of_items.data_ptr()
-            addresses = *numbers, of_threads.data_ptr(), of_thread
-            self._scratch[key] = addresses, counts, of_items, of_threads
-        addresses, counts, _, _ = self._scratch[key]
-        counts[0] = 0
-        return addresses
-
-    def paid(self, num_heads: int) -> tuple[np.ndarray, dict[int, torch.Tensor]]:
-        """Room for the scored rows' probabilities, and its address for each row."""
-        rooms = {
-            row: torch.empty(num_heads, int(self.num_tokens[row]), dtype=torch.float32)
-            for row in self._scored
-        }
-        if not rooms:
-            return self._nothing_paid, rooms
-        addresses = np.zeros(len(self.tokens), np.int64)
-        for row, room in rooms.items():
-            addresses[row] = room.data_ptr()
-        return addresses, rooms
 
 
 def selected_attention(

@@ -13,6 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from numba import carray, types
+from vllm_avl.kernels.cpu.compress import (
+    COMPRESSED,
+    PIECE,
+    WINDOW,
+    compress,
+    copy_piece,
+)
 from vllm_avl.kernels.cpu.packed import (
     copy_key,
     copy_value,
@@ -30,14 +37,7 @@ from vllm_avl.kernels.cpu.threads import (
     thread_index,
     write,
 )
-from vllm_avl.kernels.cpu.vectors import (
-    COMPRESSED,
-    LANES,
-    PIECE,
-    WINDOW,
-    compress,
-    copy_piece,
-)
+from vllm_avl.kernels.cpu.vectors import LANES
 
 BITS = {1: types.uint8, 2: types.uint16, 4: types.uint32}
 """What elements of 1, 2 and 4 bytes are moved as."""

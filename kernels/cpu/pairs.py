@@ -20,6 +20,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from vllm_avl.kernels.cpu.compress import COMPRESSED, WINDOW, compress
 from vllm_avl.kernels.cpu.threads import compiled, write
 from vllm_avl.kernels.cpu.tiles import (
     AHEAD,
@@ -34,14 +35,11 @@ from vllm_avl.kernels.cpu.tiles import (
     store_sums,
 )
 from vllm_avl.kernels.cpu.vectors import (
-    COMPRESSED,
     FLOATS,
     FP8,
     LANES,
-    WINDOW,
     bfloats_from,
     broadcast,
-    compress,
     narrow_to,
     offset,
     pointer_at,

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 from numba import types
+from vllm_avl.kernels.cpu.elementary import exponential, tanh
 from vllm_avl.kernels.cpu.threads import compiled, read, write
 from vllm_avl.kernels.cpu.vectors import (
     LANES,
     add,
-    exponential,
     larger,
     largest_of,
     load,
@@ -19,7 +19,6 @@ from vllm_avl.kernels.cpu.vectors import (
     store,
     subtract,
     sum_of,
-    tanh,
 )
 
 STEP = 4 * LANES

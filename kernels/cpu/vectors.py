@@ -39,7 +39,7 @@ CODES = {dtype: code for code, dtype in enumerate(_QUERIES)}
 _FLOAT, _WORD, _LONG = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _BYTE, _SHORT = ir.IntType(8), ir.IntType(16)
 FLOATS = ir.VectorType(_FLOAT, LANES)
-_WORDS = ir.VectorType(_WORD, LANES)
+WORDS = ir.VectorType(_WORD, LANES)
 _SHORTS = ir.VectorType(_SHORT, LANES)
 _HALVES = ir.VectorType(ir.HalfType(), LANES)
 
@@ -68,8 +68,9 @@ def constant(value: float) -> ir.Constant:
     return ir.Constant(FLOATS, [value] * LANES)
 
 
-def _words(value: int) -> ir.Constant:
-    return ir.Constant(_WORDS, [value] * LANES)
+def every_word(value: int) -> ir.Constant:
+    """The vector whose elements have all the bits of `value`."""
+    return ir.Constant(WORDS, [value] * LANES)
 
 
 def pointer_at(builder: Any, address: Any, element: Any) -> Any:
@@ -94,7 +95,7 @@ def broadcast(builder: Any, number: Any) -> Any:
     """A vector of one fp32 value."""
     empty = ir.Constant(FLOATS, ir.Undefined)
     single = builder.insert_element(empty, number, _WORD(0))
-    return builder.shuffle_vector(single, empty, ir.Constant(_WORDS, [0] * LANES))
+    return builder.shuffle_vector(single, empty, ir.Constant(WORDS, [0] * LANES))
 
 
 def widened_from(builder: Any, address: Any, element: Any) -> Any:
@@ -125,7 +126,7 @@ def _vector_from(builder: Any, address: Any, element: Any) -> Any:
 
 
 def _widened(builder: Any, shorts: Any) -> Any:
-    words = builder.shl(builder.zext(shorts, _WORDS), _words(16))
+    words = builder.shl(builder.zext(shorts, WORDS), every_word(16))
     return builder.bitcast(words, FLOATS)
 
 
@@ -194,13 +195,13 @@ def narrow_to(builder: Any, address: Any, vector: Any, element: Any) -> None:
         halves = builder.fptrunc(vector, _HALVES)
         builder.store(halves, pointer_at(builder, address, _HALVES), align=2)
         return
-    bits = builder.bitcast(vector, _WORDS)
-    odd = builder.and_(builder.lshr(bits, _words(16)), _words(1))
-    rounded = builder.add(bits, builder.add(odd, _words(0x7FFF)))
+    bits = builder.bitcast(vector, WORDS)
+    odd = builder.and_(builder.lshr(bits, every_word(16)), every_word(1))
+    rounded = builder.add(bits, builder.add(odd, every_word(0x7FFF)))
     # Rounding up would carry some NaN into infinity.
     is_nan = builder.fcmp_unordered("uno", vector, vector)
-    rounded = builder.select(is_nan, _words(0x7FC00000), rounded)
-    shorts = builder.trunc(builder.lshr(rounded, _words(16)), _SHORTS)
+    rounded = builder.select(is_nan, every_word(0x7FC00000), rounded)
+    shorts = builder.trunc(builder.lshr(rounded, every_word(16)), _SHORTS)
     builder.store(shorts, pointer_at(builder, address, _SHORTS), align=2)
 
 
@@ -213,65 +214,6 @@ def prefetch_at(builder: Any, address: Any) -> None:
     builder.call(function, [line, read, second_cache, data])
 
 
-def _polynomial(builder: Any, x: Any, coefficients: list[float]) -> Any:
-    total = constant(coefficients[0])
-    for coefficient in coefficients[1:]:
-        total = multiply_add_of(builder, total, x, constant(coefficient))
-    return total
-
-
-_ROUND = 1.5 * 2**23  # added to a number below 2^22, leaves its integer in the low bits
-_LOG2_E = 1.44269504088896341
-_LN_2 = 0.693359375, -2.12194440e-4  # the first has few bits: products are exact
-_EXP = [1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3]
-_EXP += [4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1]
-_LOWEST, _HIGHEST = -87.3, 88.0
-
-
-def exponential_of(builder: Any, x: Any) -> Any:
-    """Exponential up to 88, as Cephes: within 2 ulp; below -87.3 it is 0."""
-    # NaN passes every comparison below unchanged.
-    too_high = builder.fcmp_ordered(">", x, constant(_HIGHEST))
-    x = builder.select(too_high, constant(_HIGHEST), x)
-    shifted = multiply_add_of(builder, x, constant(_LOG2_E), constant(_ROUND))
-    power = builder.fsub(shifted, constant(_ROUND))
-    rest = multiply_add_of(builder, power, constant(-_LN_2[0]), x)
-    rest = multiply_add_of(builder, power, constant(-_LN_2[1]), rest)
-    curve = _polynomial(builder, rest, _EXP)
-    square = builder.fmul(rest, rest)
-    near_1 = multiply_add_of(builder, curve, square, rest)
-    near_1 = builder.fadd(near_1, constant(1.0))
-    exponent = builder.shl(builder.bitcast(shifted, _WORDS), _words(23))
-    bits = builder.add(builder.bitcast(near_1, _WORDS), exponent)
-    is_nan = builder.fcmp_unordered("uno", x, x)
-    result = builder.select(is_nan, x, builder.bitcast(bits, FLOATS))
-    too_low = builder.fcmp_ordered("<", x, constant(_LOWEST))
-    return builder.select(too_low, constant(0.0), result)
-
-
-_TANH = [-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2]
-_TANH += [1.33314422036e-1, -3.33332819422e-1]
-
-
-def _absolute_and_sign(builder: Any, x: Any) -> tuple[Any, Any]:
-    bits = builder.bitcast(x, _WORDS)
-    absolute = builder.and_(bits, _words(0x7FFFFFFF))
-    return builder.bitcast(absolute, FLOATS), builder.and_(bits, _words(0x80000000))
-
-
-def tanh_of(builder: Any, x: Any) -> Any:
-    """Hyperbolic tangent, as Cephes."""
-    size, sign = _absolute_and_sign(builder, x)
-    square = builder.fmul(x, x)
-    curve = builder.fmul(_polynomial(builder, square, _TANH), square)
-    small = multiply_add_of(builder, curve, x, x)
-    power = exponential_of(builder, builder.fadd(size, size))
-    ratio = builder.fdiv(constant(2.0), builder.fadd(power, constant(1.0)))
-    far = builder.fsub(constant(1.0), ratio)
-    far = builder.bitcast(builder.or_(builder.bitcast(far, _WORDS), sign), FLOATS)
-    return builder.select(builder.fcmp_ordered(">", size, constant(0.625)), far, small)
-
-
 def _larger_of(builder: Any, one: Any, other: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", one, other), one, other)
 
@@ -279,7 +221,9 @@ def _larger_of(builder: Any, one: Any, other: Any) -> Any:
 # What compiled loops call.
 
 
-def _of_one(build: Callable[..., Any]) -> Any:
+def of_one(build: Callable[..., Any]) -> Any:
+    """Make an operation on a vector, which compiled loops can call."""
+
     def operation(_context: Any, one: Any) -> Any:
         def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
             return build(builder, *values)
@@ -299,8 +243,6 @@ def _of_two(build: Callable[..., Any]) -> Any:
     return intrinsic(operation)
 
 
-exponential = _of_one(exponential_of)
-tanh = _of_one(tanh_of)
 add = _of_two(lambda builder, one, other: builder.fadd(one, other))
 subtract = _of_two(lambda builder, one, other: builder.fsub(one, other))
 multiply = _of_two(lambda builder, one, other: builder.fmul(one, other))
@@ -429,69 +371,3 @@ def keep_marked(_context: Any, marks: Any, vector: Any) -> Any:
         return builder.select(marked, values[1], constant(float("-inf")))
 
     return VECTOR(types.int64, VECTOR), generate
-
-
-PIECE = 16
-"""Bytes that `copy_piece` copies: every row has a whole number of them."""
-WINDOW = 32
-"""Slots that `compress` looks at: every block has a whole number of them."""
-COMPRESSED = (
-    {types.uint8: 32, types.uint16: 32, types.uint32: 16}
-    if llvm.get_host_cpu_features().get("avx512vbmi2")
-    else {}
-)
-"""How many elements of a kind one instruction compresses; none on older processors."""
-
-
-@intrinsic
-def copy_piece(_context: Any, source: Any, target: Any) -> Any:
-    """Copy `PIECE` bytes from an address to an address."""
-
-    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        source, target = (
-            pointer_at(builder, value, ir.VectorType(_BYTE, PIECE)) for value in values
-        )
-        builder.store(builder.load(source, align=1), target, align=1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), generate
-
-
-@intrinsic
-def compress(_context: Any, source: Any, marks: Any, target: Any, element: Any) -> Any:
-    """Put those of `WINDOW` elements whose bit is set in `marks` one behind the other.
-
-    As many elements as there are may be written, whatever the marks; nothing is for
-    elements that are not in `COMPRESSED`.
-    """
-    lanes, bits = COMPRESSED.get(element), element.bitwidth
-
-    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        if lanes is None:
-            return context.get_dummy_value()
-        source, marks, target, _ = values
-        kind = ir.VectorType(ir.IntType(bits), lanes)
-        mask = ir.VectorType(ir.IntType(1), lanes)
-        function = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(kind, [kind, kind, mask]),
-            f"llvm.x86.avx512.mask.compress.v{lanes}i{bits}",
-        )
-        for first in range(0, WINDOW, lanes):
-            at = offset(builder, source, first * bits // 8)
-            elements = builder.load(pointer_at(builder, at, kind), align=1)
-            part = builder.trunc(builder.lshr(marks, _LONG(first)), ir.IntType(lanes))
-            marked = builder.bitcast(part, mask)
-            empty = ir.Constant(kind, None)
-            found = builder.call(function, [elements, empty, marked])
-            builder.store(found, pointer_at(builder, target, kind), align=1)
-            counter = cgutils.get_or_insert_function(
-                builder.module,
-                ir.FunctionType(ir.IntType(lanes), [ir.IntType(lanes)]),
-                f"llvm.ctpop.i{lanes}",
-            )
-            number = builder.zext(builder.call(counter, [part]), _LONG)
-            target = builder.add(target, builder.mul(number, _LONG(bits // 8)))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64, element), generate

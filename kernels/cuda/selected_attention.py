@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 import torch
 import triton
 import triton.language as tl
+from vllm_avl.kernels.cuda.selected_rows import count_tiles, request_reads, rows_of_tile
+from vllm_avl.kernels.cuda.splits import combine, normalise
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_BLOCK_M = 32
-NORMALISE_BLOCK_N = 128
-NORMALISE_PROGRAMS = 8
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,9 @@ def selected_attention(
     options = scale, soft_cap, max_query_len
     _attend(partial, query, caches, requests, reads, refresh, options)
     if num_splits > 1:
-        _combine(output, lse, partial, query_start_loc, max_query_len)
+        combine(output, lse, partial, query_start_loc, max_query_len)
     if refresh:
-        _normalise(refresh, lse, requests, reads, key_cache)
+        normalise(refresh, lse, requests, reads, key_cache)
 
 
 def attention_constants(
@@ -193,41 +193,6 @@ def _attend(partial, query, caches, requests, reads, refresh, options):
     )
 
 
-def _combine(output, lse, partial, query_start_loc, max_query_len):
-    _, num_heads, num_splits, head_size = partial[0].shape
-    _combine_kernel[(len(query_start_loc) - 1, max_query_len, num_heads)](
-        output,
-        lse,
-        *partial,
-        query_start_loc,
-        output.stride()[:2],
-        partial[0].stride()[:2],
-        num_splits=num_splits,
-        splits_pad=triton.next_power_of_2(num_splits),
-        head_size=head_size,
-        head_pad=triton.next_power_of_2(head_size),
-    )
-
-
-def _normalise(refresh, lse, requests, reads, key_cache):
-    _, num_kv_heads, block_size, _ = key_cache.shape
-    group = lse.shape[1] // num_kv_heads
-    _normalise_kernel[(len(requests[1]), num_kv_heads, NORMALISE_PROGRAMS)](
-        refresh.scores,
-        refresh.logits,
-        lse,
-        *requests,
-        reads,
-        refresh.scored,
-        refresh.scores.stride(0),
-        refresh.logits.stride(0),
-        group=group,
-        group_pad=triton.next_power_of_2(group),
-        block_size=block_size,
-        block_n=NORMALISE_BLOCK_N,
-    )
-
-
 def _new_partial(query, num_splits):
     num_tokens, num_heads, head_size = query.shape
     shape = num_tokens, num_heads, num_splits
@@ -247,7 +212,7 @@ def _attention_kernel(
     v_scale_ptr,  # [1] fp32 or None
     query_start_loc_ptr,  # [num_reqs + 1]
     seq_lens_ptr,  # [num_reqs]
-    reads,  # pointers and strides, see _request_reads
+    reads,  # pointers and strides, see request_reads
     scored_ptr,  # [num_reqs] or None
     scale,
     output_strides,  # token, head
@@ -283,8 +248,8 @@ def _attention_kernel(
     token = (first_token + row).to(tl.int64)
     num_seen = tl.load(seq_lens_ptr + request) - query_len + 1 + row
     tail_end = tl.max(tl.where(is_row, num_seen, 0), 0)
-    reads = _request_reads(reads, request, kv_head, tail_end)
-    num_tiles = _num_tiles(reads, block_n)
+    reads = request_reads(reads, request, kv_head, tail_end)
+    num_tiles = count_tiles(reads, block_n)
     share = tl.cdiv(num_tiles, num_splits)
     begin = split * share
     stop = tl.minimum(begin + share, num_tiles)
@@ -314,9 +279,9 @@ def _attention_kernel(
     mean = tl.zeros([block_m, head_pad], tl.float32)
     # Rows are looked up one tile ahead: the compiler overlaps loads whose addresses
     # it has, not loads that wait for an index.
-    cache_row, slot, is_read = _rows_of_tile(begin, reads, block_size, block_n)
+    cache_row, slot, is_read = rows_of_tile(begin, reads, block_size, block_n)
     for tile in tl.range(begin, stop):
-        ahead = _rows_of_tile(tile + 1, reads, block_size, block_n)
+        ahead = rows_of_tile(tile + 1, reads, block_size, block_n)
         block = (cache_row // block_size).to(tl.int64)[:, None]
         in_block = (cache_row % block_size)[:, None]
         mask = is_read[:, None] & (dims < head_size)[None, :]
@@ -351,141 +316,6 @@ def _attention_kernel(
     output_ptrs = output_ptr + output_rows[:, None] + split * head_size + dims[None, :]
     tl.store(output_ptrs, mean.to(output_ptr.dtype.element_ty), mask=is_element)
     tl.store(lse_ptr, peak + tl.log2(total), mask=is_row)
-
-
-@triton.jit
-def _combine_kernel(
-    output_ptr,  # [num_tokens, num_heads, head_size]
-    lse_ptr,  # [num_tokens, num_heads] fp32, base 2
-    split_output_ptr,  # [num_tokens, num_heads, num_splits, head_size] fp32
-    split_lse_ptr,  # [num_tokens, num_heads, num_splits] fp32, base 2
-    query_start_loc_ptr,  # [num_reqs + 1]
-    output_strides,  # token, head
-    split_strides,  # token, head
-    num_splits: tl.constexpr,
-    splits_pad: tl.constexpr,
-    head_size: tl.constexpr,
-    head_pad: tl.constexpr,
-):
-    # One head of one query row of one request.
-    request = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(2).to(tl.int64)
-    token = tl.load(query_start_loc_ptr + request).to(tl.int64) + tl.program_id(1)
-    if token >= tl.load(query_start_loc_ptr + request + 1):
-        return
-
-    split = tl.arange(0, splits_pad)
-    dims = tl.arange(0, head_pad)
-    lse_row = token * tl.num_programs(2) + head
-    lse_ptrs = split_lse_ptr + lse_row * num_splits + split
-    split_lse = tl.load(lse_ptrs, mask=split < num_splits, other=-float("inf"))
-    peak = tl.maximum(tl.max(split_lse, 0), -1e30)
-    weights = tl.exp2(split_lse - peak)
-    total = tl.sum(weights, 0)
-    # An idle split has written no output.
-    mask = (weights > 0)[:, None] & (dims < head_size)[None, :]
-    split_output_ptr += token * split_strides[0] + head * split_strides[1]
-    row_ptrs = split_output_ptr + split[:, None] * head_size + dims[None, :]
-    rows = tl.load(row_ptrs, mask=mask, other=0.0)
-    mean = tl.sum(rows * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
-    output_ptr += token * output_strides[0] + head * output_strides[1]
-    mean = mean.to(output_ptr.dtype.element_ty)
-    tl.store(output_ptr + dims, mean, mask=dims < head_size)
-    tl.store(lse_ptr + lse_row, peak + tl.log2(total))
-
-
-@triton.jit
-def _normalise_kernel(
-    scores_ptr,  # [num_kv_heads, num_blocks * block_size] fp32
-    logits_ptr,  # [num_heads, num_blocks * block_size] fp32, base 2
-    lse_ptr,  # [num_tokens, num_heads] fp32, base 2
-    query_start_loc_ptr,  # [num_reqs + 1]
-    seq_lens_ptr,  # [num_reqs]
-    reads,  # pointers and strides, see _request_reads
-    scored_ptr,  # [num_reqs]
-    scores_stride,
-    logits_stride,
-    group: tl.constexpr,
-    group_pad: tl.constexpr,
-    block_size: tl.constexpr,
-    block_n: tl.constexpr,
-):
-    # One scored request and KV head, every so many-th tile of what it read.
-    request = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1).to(tl.int64)
-    next_token = tl.load(query_start_loc_ptr + request + 1).to(tl.int64)
-    is_empty = next_token == tl.load(query_start_loc_ptr + request)
-    if is_empty | (tl.load(scored_ptr + request) == 0):
-        return
-
-    member = tl.arange(0, group_pad)
-    head = kv_head * group + member
-    num_heads = group * tl.num_programs(1)
-    lse_ptrs = lse_ptr + (next_token - 1) * num_heads + head
-    lse = tl.load(lse_ptrs, mask=member < group, other=0.0)
-    tail_end = tl.load(seq_lens_ptr + request)
-    reads = _request_reads(reads, request, kv_head, tail_end)
-    logits_ptr += (head * logits_stride)[:, None]
-    scores_ptr += kv_head * scores_stride
-    num_tiles = _num_tiles(reads, block_n)
-    for tile in tl.range(tl.program_id(2), num_tiles, tl.num_programs(2)):
-        cache_row, _, is_read = _rows_of_tile(tile, reads, block_size, block_n)
-        mask = (member < group)[:, None] & is_read[None, :]
-        logit_ptrs = logits_ptr + cache_row[None, :]
-        logits = tl.load(logit_ptrs, mask=mask, other=-float("inf"))
-        scores = tl.sum(tl.exp2(logits - lse[:, None]), 0)
-        tl.store(scores_ptr + cache_row, scores, mask=is_read)
-
-
-@triton.jit
-def _request_reads(reads, request, kv_head, tail_end):
-    """What one request reads for one KV head."""
-    (
-        block_table_ptr,  # [num_reqs, max_blocks]
-        core_list_ptr,  # [1 or num_kv_heads, num_blocks * block_size]
-        table_stride,
-        ranking_stride,
-        first_slot_ptr,  # [num_reqs]
-        num_core_ptr,  # [num_reqs]
-    ) = reads
-    return (
-        tl.load(num_core_ptr + request),
-        tl.load(first_slot_ptr + request),
-        tail_end,
-        block_table_ptr + request * table_stride,
-        core_list_ptr + kv_head * ranking_stride,
-    )
-
-
-@triton.jit
-def _num_tiles(reads, block_n: tl.constexpr):
-    num_core, first_slot, tail_end, _, _ = reads
-    num_tail = tl.maximum(tail_end - first_slot, 0)
-    return tl.cdiv(num_core, block_n) + tl.cdiv(num_tail, block_n)
-
-
-@triton.jit
-def _rows_of_tile(tile, reads, block_size: tl.constexpr, block_n: tl.constexpr):
-    """Cache rows, slots (-1 in core: every query row sees it), which are read."""
-    num_core, first_slot, tail_end, block_table_ptr, core_list_ptr = reads
-    core_tiles = tl.cdiv(num_core, block_n)
-    in_core = tile < core_tiles
-    entry = tile * block_n + tl.arange(0, block_n)
-    slot = entry + tl.where(in_core, 0, first_slot - core_tiles * block_n)
-    is_entry = entry < num_core
-    is_read = tl.where(in_core, entry - num_core, slot - tail_end) < 0
-    cache_row = _cache_row(slot, is_read, block_table_ptr, block_size)
-    # A list is paged like the cache: this row holds an entry, not yet what is read.
-    core_slot = tl.load(core_list_ptr + cache_row, mask=is_entry, other=0)
-    core_row = _cache_row(core_slot, is_entry, block_table_ptr, block_size)
-    cache_row = tl.where(in_core, core_row, cache_row)
-    return cache_row, tl.where(in_core, -1, slot), is_read
-
-
-@triton.jit
-def _cache_row(slot, mask, block_table_ptr, block_size: tl.constexpr):
-    block = tl.load(block_table_ptr + slot // block_size, mask=mask, other=0)
-    return block * block_size + slot % block_size
 
 
 @triton.jit

@@ -7,8 +7,8 @@ notices when weights, vLLM or this package begin to answer otherwise.
 import json
 from pathlib import Path
 
+from benchmarks.training.evaluate import Question, answer, make_engine, questions
 from vllm_avl.bundled import WEIGHTS
-from vllm_avl.bundled.evaluate import Question, answer, make_engine, questions
 
 CASES = Path(__file__).parent / "questions"
 COUNTS = {"caption": 1, "vqa": 3, "doc": 2, "ocr": 2, "multi": 1, "two_turn": 1}

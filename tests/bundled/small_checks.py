@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 import transformers
 
-from vllm_avl.bundled.batches import IGNORED, BatchMaker
-from vllm_avl.bundled.evaluate import Question
+from benchmarks.training.batches import IGNORED, BatchMaker
+from benchmarks.training.evaluate import Question
+from benchmarks.training.small import WORDING
 from vllm_avl.bundled.picture import NUM_PATCHES
 from vllm_avl.bundled.samples import make_sample
-from vllm_avl.bundled.small import WORDING
 
 NUM_WEIGHTS = 9_513_600
 

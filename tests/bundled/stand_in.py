@@ -5,8 +5,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from vllm_avl.bundled.small import END, START
-from vllm_avl.bundled.smollm2 import SPARE, with_image
+from benchmarks.training.small import END, START
+from benchmarks.training.smollm2 import SPARE, with_image
 
 UNKNOWN = "<|endoftext|>"
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from vllm_avl.bundled import metrics
+from benchmarks.training import metrics
 
 
 def test_exact_match_ignores_case_and_spaces():

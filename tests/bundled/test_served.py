@@ -4,9 +4,9 @@ import pytest
 from fixed_questions import fixed_questions
 from preloaded import serve
 
+from benchmarks.training.evaluate import MAX_IMAGES, max_tokens
 from vllm_avl.bundled import WEIGHTS
-from vllm_avl.bundled.evaluate import MAX_IMAGES, max_tokens
-from vllm_avl.testing.server import (
+from vllm_avl.demo.server import (
     ONE_THREAD,
     json_option,
     picture_url,

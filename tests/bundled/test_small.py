@@ -8,14 +8,12 @@ import stand_in
 import torch
 import transformers
 
-from vllm_avl.bundled import adapters, export, prefetch, smollm2
-from vllm_avl.bundled.architecture import llava_config, tower_config
-from vllm_avl.bundled.batches import IGNORED, BatchMaker
-from vllm_avl.bundled.evaluate import ALL_TASKS, CONTROLS, make_engine, questions
-from vllm_avl.bundled.picture import NUM_PATCHES
-from vllm_avl.bundled.samples import TASKS
-from vllm_avl.bundled.schedule import Stage
-from vllm_avl.bundled.small import (
+from benchmarks.training import adapters, export, prefetch, smollm2
+from benchmarks.training.architecture import llava_config, tower_config
+from benchmarks.training.batches import IGNORED, BatchMaker
+from benchmarks.training.evaluate import ALL_TASKS, CONTROLS, make_engine, questions
+from benchmarks.training.schedule import Stage
+from benchmarks.training.small import (
     RANK,
     VISION_INTERMEDIATE,
     VISION_LAYERS,
@@ -23,9 +21,11 @@ from vllm_avl.bundled.small import (
     WORDING,
     small,
 )
+from benchmarks.training.train import CHECKPOINT, Trainer
+from benchmarks.training.trained import trained_state
+from vllm_avl.bundled.picture import NUM_PATCHES
+from vllm_avl.bundled.samples import TASKS
 from vllm_avl.bundled.tokens import IMAGE, make_tokenizer, prompt
-from vllm_avl.bundled.train import CHECKPOINT, Trainer
-from vllm_avl.bundled.trained import trained_state
 
 STAGES = (
     Stage("tower", 1, 2, 24, False, 1.0, 1.0, 0.5),

@@ -6,12 +6,12 @@ from importlib.util import find_spec
 import pytest
 import small_checks
 
-from vllm_avl.bundled import export, smollm2
-from vllm_avl.bundled.evaluate import make_engine, questions
+from benchmarks.training import export, smollm2
+from benchmarks.training.evaluate import make_engine, questions
+from benchmarks.training.schedule import Stage
+from benchmarks.training.small import small
+from benchmarks.training.train import CHECKPOINT, Trainer
 from vllm_avl.bundled.samples import TASKS
-from vllm_avl.bundled.schedule import Stage
-from vllm_avl.bundled.small import small
-from vllm_avl.bundled.train import CHECKPOINT, Trainer
 
 # Looked for, not imported: the weights' package imports a tool that need not be there.
 if missing := [name for name in smollm2.NEEDED if find_spec(name) is None]:

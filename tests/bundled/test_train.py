@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from vllm_avl.bundled import schedule
-from vllm_avl.bundled.batches import IGNORED
+from benchmarks.training import schedule
+from benchmarks.training.batches import IGNORED
+from benchmarks.training.train import Trainer
 from vllm_avl.bundled.glyphs import CHARACTERS
 from vllm_avl.bundled.picture import NUM_PATCHES
-from vllm_avl.bundled.train import Trainer
 
 STAGES = (
     schedule.Stage("tower", 2, 2, 24, False, 1.0, 1.0, 0.5),

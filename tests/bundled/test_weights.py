@@ -5,15 +5,15 @@ from statistics import fmean
 import pytest
 from fixed_questions import fixed_questions
 
-from vllm_avl.bundled import WEIGHTS
-from vllm_avl.bundled.evaluate import (
+from benchmarks.training.evaluate import (
     Question,
     answer,
     make_engine,
     questions,
     scores,
 )
-from vllm_avl.bundled.export import SUMS, checksum, summed
+from benchmarks.training.export import SUMS, checksum, summed
+from vllm_avl.bundled import WEIGHTS
 
 LIMIT = 10_000_000
 COUNT = 60

@@ -97,7 +97,7 @@ STOCK_RUN = """
 import os, sys
 os.environ["VLLM_PLUGINS"] = {plugins!r}
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm_avl.testing.engine import Ask, Engine
+from benchmarks.testing.engine import Ask, Engine
 
 def main():
     engine = Engine({checkpoint!r}, avl=None, block_size=None)

@@ -33,10 +33,10 @@ from vllm_avl.compat import patches
 from vllm_avl.compat import registry
 from vllm_avl.compat import versions
 from vllm_avl.compat import worker_patches
-names = [name for package in ("compat", "cache", "backend") for name in
-    (f"vllm_avl.{{package}}.{{m.name}}" for m in
-     pkgutil.iter_modules(import_module(f"vllm_avl.{{package}}").__path__))
-    if not name.rpartition(".")[2].startswith({others!r})]
+names = [m.name for package in ("compat", "scheduler", "worker", "front_end") for m in
+    pkgutil.walk_packages(import_module(f"vllm_avl.{{package}}").__path__,
+                          f"vllm_avl.{{package}}.")
+    if not any(part.startswith({others!r}) for part in m.name.split("."))]
 with set_current_vllm_config(VllmConfig()):
     modules = [import_module(name) for name in names]
 classes = [c for m in modules for c in vars(m).values()

@@ -16,7 +16,7 @@ import httpx
 import pytest
 import yaml
 
-from vllm_avl.testing.server import HOST, free_port
+from vllm_avl.demo.server import HOST, free_port
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 CONFIG = DEPLOY / "compose" / "prometheus" / "prometheus.yml"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 from preloaded import serve
 
+from benchmarks.testing import models
 from deploy.prometheus import (
     DEPLOY,
     Prometheus,
@@ -18,8 +19,7 @@ from deploy.prometheus import (
     needs_prometheus,
     scraping,
 )
-from vllm_avl.testing import models
-from vllm_avl.testing.server import (
+from vllm_avl.demo.server import (
     ONE_THREAD,
     Server,
     json_option,

@@ -10,9 +10,9 @@ import openai
 import psutil
 import pytest
 
+from benchmarks.testing import models
 from deploy.prometheus import DEPLOY
-from vllm_avl.testing import models
-from vllm_avl.testing.server import (
+from vllm_avl.demo.server import (
     HOST,
     NOT_INHERITED,
     ONE_THREAD,

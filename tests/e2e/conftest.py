@@ -10,8 +10,8 @@ import kept_content
 import pytest
 from preloaded import serve
 
-from vllm_avl.testing import models
-from vllm_avl.testing.server import (
+from benchmarks.testing import models
+from vllm_avl.demo.server import (
     ONE_THREAD,
     Server,
     json_option,

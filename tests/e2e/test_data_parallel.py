@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from preloaded import serve
 
-from vllm_avl.testing import models
-from vllm_avl.testing.server import picture_url, user_message
+from benchmarks.testing import models
+from vllm_avl.demo.server import picture_url, user_message
 
 OPTIONS = (
     *("--attention-backend", "avl", "--dtype", "float32", "--enforce-eager"),

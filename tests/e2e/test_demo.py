@@ -9,9 +9,9 @@ import httpx
 import pytest
 
 from vllm_avl.bundled.samples import make_sample
-from vllm_avl.testing import demo
+from vllm_avl.demo import __main__ as demo
 
-COMMAND = [sys.executable, "-u", "-m", "vllm_avl.testing.demo"]
+COMMAND = [sys.executable, "-u", "-m", "vllm_avl.demo"]
 
 
 def blocks(output: str, row: str) -> int:

@@ -9,9 +9,9 @@ from kept_content import SETTINGS, ask, get, options, picture
 from preloaded import serve
 from prometheus_client.parser import text_string_to_metric_families
 
+from vllm_avl.demo.server import ONE_THREAD
 from vllm_avl.front_end import schema
 from vllm_avl.metrics.definitions import COUNTERS, GAUGES, PREFIX
-from vllm_avl.testing.server import ONE_THREAD
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from adapters import make_adapter
 from preloaded import serve
 
-from vllm_avl.testing.server import Server, json_option
+from vllm_avl.demo.server import Server, json_option
 
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
 SCHEMA = {

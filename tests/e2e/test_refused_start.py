@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from preloaded import serve
 
-from vllm_avl.testing.server import ONE_THREAD, ServerError, json_option
+from vllm_avl.demo.server import ONE_THREAD, ServerError, json_option
 
 CASES = {
     "ratio": (

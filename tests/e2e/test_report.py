@@ -7,7 +7,7 @@ import preloaded
 
 SCRIPT = """
 from vllm import LLM, SamplingParams
-from vllm_avl.testing import models
+from benchmarks.testing import models
 
 def main():
     llm = LLM(

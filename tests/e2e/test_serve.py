@@ -8,8 +8,8 @@ import openai
 import pytest
 from preloaded import serve
 
-from vllm_avl.testing import models
-from vllm_avl.testing.server import (
+from benchmarks.testing import models
+from vllm_avl.demo.server import (
     ONE_THREAD,
     data_url,
     free_port,

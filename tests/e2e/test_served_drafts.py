@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from preloaded import serve
 
-from vllm_avl.testing.server import ONE_THREAD, Server, json_option
+from vllm_avl.demo.server import ONE_THREAD, Server, json_option
 
 DRAFTS = {
     "method": "ngram",

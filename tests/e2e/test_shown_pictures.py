@@ -9,10 +9,10 @@ from kept_content import detail, part, picture, post, serving
 from page import files
 from PIL import Image, ImageChops
 
+from benchmarks.testing import models
 from vllm_avl import plot
+from vllm_avl.demo.server import data_url, json_option
 from vllm_avl.pictures import as_seen
-from vllm_avl.testing import models
-from vllm_avl.testing.server import data_url, json_option
 
 UPRIGHT = models.random_image(5, 448, 336)
 TEXT = {"type": "text", "text": "What is it?"}

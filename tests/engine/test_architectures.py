@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_avl.testing.engine import Ask
+from benchmarks.testing.engine import Ask
 
 ASKS = [
     Ask((1,), "What is it?", 24),

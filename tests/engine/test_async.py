@@ -11,9 +11,9 @@ import torch
 from hand_driven import BLOCK_SIZE, make_scheduler, request, settle
 from vllm.v1.request import RequestStatus
 
+from benchmarks.testing.engine import check_integrity
 from vllm_avl.messages import received_compactions
 from vllm_avl.scheduler.scheduler import AVLAsyncScheduler
-from vllm_avl.testing.engine import check_integrity
 from vllm_avl.worker.step import WorkerRequests
 from vllm_avl.worker.view import make_tasks, stored_table
 

@@ -10,8 +10,8 @@ import pytest
 from hand_driven import BLOCK_SIZE, asked, finish_step, make_scheduler
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 
+from benchmarks.testing.engine import check_integrity
 from vllm_avl.scheduler.scheduler import AVLScheduler
-from vllm_avl.testing.engine import check_integrity
 
 NUM_SEEDS = 30
 LARGEST = 576

@@ -6,8 +6,8 @@ import pytest
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
-from vllm_avl.testing import models
-from vllm_avl.testing.engine import Ask, Engine
+from benchmarks.testing import models
+from benchmarks.testing.engine import Ask, Engine
 
 SIZE = models.ModelSize(
     hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_size=32

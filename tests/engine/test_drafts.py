@@ -6,9 +6,9 @@ import pytest
 from scripted_drafts import CONFIG, Scripted
 from sequences import play
 
-from vllm_avl.testing import models
-from vllm_avl.testing.engine import Ask, Engine
-from vllm_avl.testing.models import drafters
+from benchmarks.testing import models
+from benchmarks.testing.engine import Ask, Engine
+from benchmarks.testing.models import drafters
 
 NGRAM = {
     "method": "ngram",

@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 
+from benchmarks.testing import models
+from benchmarks.testing.engine import Ask, Engine
 from vllm_avl.metrics.definitions import Stock
 from vllm_avl.plan import Plan
-from vllm_avl.testing import models
-from vllm_avl.testing.engine import Ask, Engine
 
 SIZE = models.ModelSize(
     hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_size=32

@@ -10,8 +10,8 @@ import pytest
 from hand_driven import asked, finish_step, make_scheduler, walk_lengths
 from vllm.v1.core.kv_cache_utils import get_group_id
 
+from benchmarks.testing.engine import Ask, Engine
 from vllm_avl.scheduler.scheduler import AVLScheduler
-from vllm_avl.testing.engine import Ask, Engine
 
 
 @dataclass(frozen=True)

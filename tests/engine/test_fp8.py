@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from fp8_caches import NEEDS_FP8
 
-from vllm_avl.testing.engine import Ask
+from benchmarks.testing.engine import Ask
 
 pytestmark = NEEDS_FP8
 

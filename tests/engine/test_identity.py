@@ -6,7 +6,7 @@ import pytest
 import torch
 from fp8_caches import NEEDS_FP8
 
-from vllm_avl.testing.engine import Ask
+from benchmarks.testing.engine import Ask
 
 ASKS = [
     Ask((1,), "What is it?", 24),

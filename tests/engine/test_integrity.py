@@ -13,8 +13,8 @@ import pytest
 from fp8_caches import NEEDS_FP8
 from sequences import play
 
-from vllm_avl.testing import models
-from vllm_avl.testing.engine import Ask, Engine
+from benchmarks.testing import models
+from benchmarks.testing.engine import Ask, Engine
 
 NUM_SEQUENCES = 70
 """For each pool."""

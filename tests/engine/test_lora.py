@@ -4,7 +4,7 @@ import pytest
 from adapters import make_adapter
 from vllm.lora.request import LoRARequest
 
-from vllm_avl.testing.engine import Ask, Engine
+from benchmarks.testing.engine import Ask, Engine
 
 ASKS = [Ask((1,), "What is it?", 20), Ask((2, 3), "Compare the two.", 20)]
 

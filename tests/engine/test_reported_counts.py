@@ -5,9 +5,9 @@ import random
 import pytest
 from prometheus_client import REGISTRY
 
+from benchmarks.testing import models
+from benchmarks.testing.engine import Ask, Engine
 from vllm_avl.metrics.definitions import COUNTERS, PREFIX, Stage, Stock
-from vllm_avl.testing import models
-from vllm_avl.testing.engine import Ask, Engine
 
 SIZE = models.ModelSize(
     hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_size=32

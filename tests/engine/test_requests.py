@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from vllm_avl.testing.engine import Ask
+from benchmarks.testing.engine import Ask
 
 S = {"vision_store_ratio": 0.3}
 ASKS = [

@@ -4,9 +4,9 @@ import pytest
 from hand_driven import make_scheduler, outputs_of, request
 from vllm.multimodal.inputs import MultiModalKwargsItem
 
+from benchmarks.testing import models
+from benchmarks.testing.engine import Ask, Engine
 from vllm_avl.scheduler.scheduler import AVLScheduler
-from vllm_avl.testing import models
-from vllm_avl.testing.engine import Ask, Engine
 
 SIZE = models.ModelSize(
     hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_size=32

@@ -6,7 +6,7 @@ from operator import itemgetter
 
 import pytest
 
-from vllm_avl.testing.engine import Ask, Engine
+from benchmarks.testing.engine import Ask, Engine
 
 ASKS = [
     Ask((1,), "What is it?", 20),

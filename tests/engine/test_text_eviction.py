@@ -2,8 +2,8 @@
 
 import pytest
 
-from vllm_avl.testing import models
-from vllm_avl.testing.engine import Ask, Engine
+from benchmarks.testing import models
+from benchmarks.testing.engine import Ask, Engine
 
 NUM_TOKENS = 1500
 SIZE = models.ModelSize(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 
-from vllm_avl.testing.server import free_port
+from vllm_avl.demo.server import free_port
 
 START_SECONDS = 20.0
 CONFIGURATION = """

@@ -18,11 +18,11 @@ from fastapi.staticfiles import StaticFiles
 from starlette.responses import FileResponse, Response
 
 import vllm_avl.front_end
+from benchmarks.testing import models
 from vllm_avl.config import AVLConfig
+from vllm_avl.demo.server import free_port, picture_url
 from vllm_avl.front_end import schema
 from vllm_avl.front_end.geometry import VisionModel, grids
-from vllm_avl.testing import models
-from vllm_avl.testing.server import free_port, picture_url
 
 STATIC = Path(vllm_avl.front_end.__file__).with_name("static")
 POLICY = "default-src 'self'; img-src 'self' data:"

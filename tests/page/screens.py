@@ -11,9 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from benchmarks.testing import models
 from page import real
 from page.browser import Page, chromium
-from vllm_avl.testing import models
 
 SCREENS = {
     "page-light.png": ((1280, 1500, 1.0), "light"),

@@ -12,8 +12,8 @@ import torch
 import transformers
 from PIL import Image
 
+from benchmarks.testing import models
 from vllm_avl.front_end.geometry import VisionModel, grids
-from vllm_avl.testing import models
 
 SIZES = [(336, 336), (672, 336), (300, 900), (641, 427), (1000, 750), (97, 130)]
 NAMES = ["llava", "llava_next", "qwen2_5_vl", "idefics3", "internvl"]

@@ -7,8 +7,8 @@ import preloaded
 import pytest
 from PIL import Image
 
+from benchmarks.testing import models
 from vllm_avl import inspect
-from vllm_avl.testing import models
 
 
 def run(folder, *options):

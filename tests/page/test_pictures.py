@@ -9,6 +9,7 @@ import transformers
 from PIL import Image, ImageChops
 from vllm.multimodal.media.image import ImageMediaIO
 
+from benchmarks.testing import models
 from page import files, scenes
 from page.test_plot import report_of
 from vllm_avl import plot
@@ -17,7 +18,6 @@ from vllm_avl.front_end.geometry import VisionModel
 from vllm_avl.front_end.pictures import SentPicture
 from vllm_avl.front_end.records import Part
 from vllm_avl.pictures import as_seen
-from vllm_avl.testing import models
 
 UPRIGHT = models.random_image(5, 448, 336)
 ODD = files.oddities(UPRIGHT)

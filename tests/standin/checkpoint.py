@@ -6,9 +6,9 @@ from pathlib import Path
 
 import transformers
 
-from vllm_avl.testing.models import ModelSize, architectures
-from vllm_avl.testing.models.tokens import make_tokenizer
-from vllm_avl.testing.models.weights import restore_clip_names, save
+from benchmarks.testing.models import ModelSize, architectures
+from benchmarks.testing.models.tokens import make_tokenizer
+from benchmarks.testing.models.weights import restore_clip_names, save
 
 IMAGE_SIZE = 112
 NUM_VISION_TOKENS = (IMAGE_SIZE // architectures.PATCH_SIZE) ** 2

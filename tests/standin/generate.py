@@ -127,7 +127,7 @@ def answer_in_order(
 
 def prompt(request: dict[str, Any]) -> dict[str, Any]:
     """Return the engine's input."""
-    from vllm_avl.testing import models
+    from benchmarks.testing import models
 
     pictures = [
         models.random_image(seed, width=112, height=112)
@@ -180,7 +180,7 @@ def result(llm: Any, answers: list[Any], args: argparse.Namespace) -> dict[str, 
 
 def check_blocks(llm: Any) -> None:
     """Assert that every block has come back."""
-    from vllm_avl.testing.engine import check_integrity
+    from benchmarks.testing.engine import check_integrity
 
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     check_integrity(scheduler)

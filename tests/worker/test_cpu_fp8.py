@@ -121,7 +121,7 @@ def check(ours, stock, exact):
 def test_scoring_rows(isa, dtype):
     sequence = Sequence(isa, dtype)
     output = torch.empty_like(sequence.query)
-    sequence.ours.scores(sequence.query, sequence.blocks, NUM_TOKENS, output)
+    sequence.ours.score(sequence.query, sequence.blocks, NUM_TOKENS, output)
     check(output, sequence.stock(), sequence.exact())
 
 

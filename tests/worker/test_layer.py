@@ -22,7 +22,7 @@ from served import (
     two_ranks,
 )
 
-from vllm_avl.testing.interpreted import interpreted
+from benchmarks.testing.interpreted import interpreted
 from vllm_avl.worker.cuda import core_lists
 from vllm_avl.worker.introspection import report
 
@@ -369,7 +369,7 @@ def test_core_goes_along_where_text_leaves(device, scores, policy):
     stored = [set(request.positions(head, core=False).tolist()) for head in (0, 1)]
     request.step()
     assert [task.num_aged for task in request.tasks] == [BLOCK_SIZE]
-    assert request.tasks[0].scores == (scores and (leaving - PROMPT) % 2 == 0)
+    assert request.tasks[0].refreshes == (scores and (leaving - PROMPT) % 2 == 0)
     request.check_rows()
     for head in (0, 1):
         now = set(request.positions(head, core=False).tolist())
@@ -378,7 +378,7 @@ def test_core_goes_along_where_text_leaves(device, scores, policy):
         assert gone <= before[head], "what only refreshes read is no text in a window"
         assert policy == "h2o" or not gone & set(RANKED)
         assert min(gone) >= VISION[0][0]
-        if not request.tasks[0].scores:
+        if not request.tasks[0].refreshes:
             core = set(request.cores()[head])
             assert core - {request.length - 1} == before[head] - gone
     for _ in range(3):

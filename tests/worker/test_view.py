@@ -50,7 +50,7 @@ def test_the_step_that_ends_the_prompt_reads_the_runners_table(settings, compute
     assert task.num_private == len(private)
     assert (task.start, task.num_tokens) == (START * BLOCK_SIZE, PROMPT)
     assert (task.last, task.query_end) == (PROMPT - computed - 1, PROMPT - computed)
-    assert not task.scores
+    assert not task.refreshes
     assert not task.attended
     assert (state.num_tokens, state.num_refreshes) == (PROMPT, 0)
 
@@ -90,7 +90,7 @@ def test_a_row_with_core_is_ours_to_attend_over_the_same_table():
         assert seen.tasks == []
         assert seen.rows.is_attended.tolist() == [True]
         assert not seen.step.reads_all.any()
-        assert not seen.rows.scores.any()
+        assert not seen.rows.refreshes.any()
         state = worker.requests.running["r"]
         assert (state.num_tokens, state.num_refreshes) == (PROMPT + step, 0)
 
@@ -114,7 +114,7 @@ def test_a_refresh_reads_all_and_is_work_for_python_where_kernels_cannot_choose(
         )
         assert seen.step.reads_all.all()
         (task,) = seen.tasks
-        assert task.scores
+        assert task.refreshes
         assert task.attended
         assert task.prompt is None
         assert task.stored.tolist() == private + seen.own(NUM_FULL, 19)
@@ -129,7 +129,7 @@ def test_kernels_that_choose_core_leave_python_nothing_to_do():
     assert seen.read() == (private + seen.own(NUM_FULL, 19), 603 - START * 32)
     assert seen.tasks == []
     assert not seen.step.has_work
-    for flags in (seen.rows.is_attended, seen.rows.scores, seen.rows.in_pass):
+    for flags in (seen.rows.is_attended, seen.rows.refreshes, seen.rows.in_pass):
         assert flags.tolist() == [True]
     assert worker.requests.running["r"].num_refreshes == 1
 
@@ -148,7 +148,7 @@ def test_a_replay_reads_all_that_is_stored_and_scores_behind_vllms_kernel(
     )
     assert not seen.rows.is_attended.any()
     (task,) = seen.tasks
-    assert task.scores
+    assert task.refreshes
     assert not task.attended
     assert task.last == 19
     assert worker.requests.running["r"].num_refreshes == 1
@@ -172,11 +172,11 @@ def test_refreshes_are_counted_from_the_start_of_decoding(interval):
     scoring = []
     for step in range(1, 8):
         seen = worker.take(("r", 601 + step - 1, 1))
-        assert seen.rows.scores.tolist() == seen.step.reads_all.tolist()
-        assert seen.rows.scores.tolist() == [task.scores for task in seen.tasks] or [
-            False
-        ]
-        scoring += [step] * bool(seen.rows.scores[0])
+        assert seen.rows.refreshes.tolist() == seen.step.reads_all.tolist()
+        assert seen.rows.refreshes.tolist() == [
+            task.refreshes for task in seen.tasks
+        ] or [False]
+        scoring += [step] * bool(seen.rows.refreshes[0])
     assert scoring == list(REFRESHES[interval])
 
 
@@ -199,7 +199,7 @@ def test_a_policy_that_never_refreshes_reads_all_at_the_interval_without_work():
         seen = worker.take(("r", PROMPT + step - 1, 1))
         assert seen.read()[0] == private + seen.own(NUM_FULL, 19)
         assert seen.rows.is_attended.all()
-        assert not seen.rows.scores.any()
+        assert not seen.rows.refreshes.any()
         assert seen.tasks == []
         reading += [step] * bool(seen.step.reads_all[0])
     assert reading == [3, 6]
@@ -211,9 +211,9 @@ def test_refreshes_go_by_the_request_and_not_by_the_batch():
     for name in "ab":
         worker.give(name, **CORE)
     seen = worker.take(("a", PROMPT, 1), ("b", PROMPT + 2, 1))
-    assert seen.rows.scores.tolist() == [False, True]
+    assert seen.rows.refreshes.tolist() == [False, True]
     seen = worker.take(("b", PROMPT + 3, 1), ("a", PROMPT + 2, 1))
-    assert seen.rows.scores.tolist() == [False, True]
+    assert seen.rows.refreshes.tolist() == [False, True]
 
 
 @pytest.mark.parametrize("settings", [{}, CORE], ids=["stored", "core"])
@@ -227,14 +227,14 @@ def test_text_leaves_behind_the_step_and_the_next_one_reads_a_block_less(setting
     seen = worker.take(("r", 644, 1))
     assert seen.read() == (private + seen.own(NUM_FULL, 21), 645 - START * 32)
     (task,) = seen.tasks
-    assert (task.num_aged, task.scores) == (BLOCK_SIZE, False)
+    assert (task.num_aged, task.refreshes) == (BLOCK_SIZE, False)
     assert task.stored.tolist() == private + seen.own(NUM_FULL, 21)
     assert task.start == START * BLOCK_SIZE
     seen = worker.take(("r", 645, 1))
     expected = private[1:] + seen.own(NUM_FULL, 21), 646 - (START + 1) * 32
     assert seen.read() == expected
     (task,) = seen.tasks
-    assert (task.num_aged, task.scores) == (0, True)
+    assert (task.num_aged, task.refreshes) == (0, True)
     assert task.stored.tolist() == expected[0]
     assert task.start == (START + 1) * BLOCK_SIZE
     seen = worker.take(("r", 646, 1))
@@ -246,7 +246,7 @@ def test_text_may_leave_in_a_step_that_scores():
     worker = Worker()
     worker.give("r", **CORE, **TEXT)
     (task,) = worker.take(("r", 644, 1)).tasks
-    assert (task.num_aged, task.scores) == (BLOCK_SIZE, True)
+    assert (task.num_aged, task.refreshes) == (BLOCK_SIZE, True)
 
 
 def test_text_leaves_private_blocks_first_and_those_of_the_answer_behind_them():
@@ -307,7 +307,7 @@ def test_kernels_that_do_not_attend_all_that_scores_leave_it_to_vllms():
     seen = worker.take(("r", PROMPT + 2, 1))
     assert not seen.rows.is_attended.any()
     (task,) = seen.tasks
-    assert task.scores
+    assert task.refreshes
     assert not task.attended
 
 
@@ -410,7 +410,7 @@ def test_requests_of_a_batch_keep_to_their_own_settings():
     assert seen.read(1) == (seen.own(0, 22, 1), 701)
     assert seen.read(3) == (seen.own(0, 19, 3), PROMPT)
     assert seen.rows.is_attended.tolist() == [True, False, False, False, True]
-    assert seen.rows.scores.tolist() == [True, False, False, False, False]
+    assert seen.rows.refreshes.tolist() == [True, False, False, False, False]
     refresh, ends = seen.tasks
     running = worker.requests.running
     assert refresh.state is running["refreshes"]
@@ -447,7 +447,7 @@ def test_more_requests_than_there_were_seats_for():
             assert blocks[:10] == private[name]
             last = -(-(PROMPT + row + step + 1) // BLOCK_SIZE)
             assert blocks[10:] == seen.own(NUM_FULL, last, row)
-            assert seen.rows.scores[row] == ((row + step + 1) % 3 == 0)
+            assert seen.rows.refreshes[row] == ((row + step + 1) % 3 == 0)
 
 
 def test_masks_stay_where_they_are_when_seats_are_added():

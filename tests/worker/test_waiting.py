@@ -31,7 +31,7 @@ ALONE = Ranks(lambda scores: scores, lambda scores, dim: scores)
 class DeviceCache(CUDACache):
     """A cache on a device whose kernels do nothing but name their results."""
 
-    def scores(self, query, blocks, num_tokens, output=None):
+    def score(self, query, blocks, num_tokens, output=None):
         return torch.rand(NUM_HEADS, num_tokens, device=query.device)
 
     def rank(self, scores, core_scores, num_stored, num_core, candidates, fixed):

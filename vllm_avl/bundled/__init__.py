@@ -8,6 +8,10 @@ from pathlib import Path
 
 from vllm_avl.bundled.tokens import prompt
 
-__all__ = ["WEIGHTS", "prompt"]
+__all__ = ["LIMITS", "WEIGHTS", "prompt"]
 
 WEIGHTS = Path(__file__).parent / "weights"
+LIMITS = (
+    "The demo model has two million parameters: it knows drawn scenes and documents, "
+    "and nothing else."
+)

@@ -267,7 +267,7 @@ class Task:
     """A table that `stored` is in, its row of it, and how many blocks it has."""
     start: int
     """Tokens in front of the first stored slot."""
-    scores: bool
+    refreshes: bool
     """Whether this step of the answer scores what is stored."""
     attended: bool
     """Whether our kernel attends the row, and leaves what it has seen."""

@@ -172,10 +172,12 @@ class Step:
         # Several tokens of an answer are a replay: one scoring behind it.
         due = (step % np.maximum(interval, 1) == 0) | ~self.is_single
         self.reads_all = (interval == 0) | due
-        self.scores = answers & (interval > 0) & due & of["is_scored"]
-        self.in_pass = self.scores & self.is_single & of["in_pass"]
+        self.refreshes = answers & (interval > 0) & due & of["is_scored"]
+        self.in_pass = self.refreshes & self.is_single & of["in_pass"]
         self.ages = self.num_tokens >= of["next_aging"]
-        self.has_python = self.ends_prompt | (self.scores & ~self.in_pass) | self.ages
+        self.has_python = (
+            self.ends_prompt | (self.refreshes & ~self.in_pass) | self.ages
+        )
 
     @property
     def has_work(self) -> bool:
@@ -206,8 +208,8 @@ class Step:
         """Note what the step did, for those that follow."""
         records = self.requests.seats.records
         records["num_tokens"][self.seats] = self.num_tokens
-        records["num_refreshes"][self.seats] += self.scores
-        num_selections = int((self.scores & self.of["has_core"]).sum())
+        records["num_refreshes"][self.seats] += self.refreshes
+        num_selections = int((self.refreshes & self.of["has_core"]).sum())
         if num_selections:
             self.requests.counts.count(key("refreshes"), num_selections)
         if self.num_entered is not None:
@@ -249,13 +251,13 @@ class StepRows:
         """[num_rows] blocks of the runner's table in front of the stored ones."""
         self.num_private = np.where(answers, of["num_private"], 0)
         """[num_rows] blocks behind those in place of which private ones stand."""
-        self.scores = answers & self._pick(step.scores)
+        self.refreshes = answers & self._pick(step.refreshes)
         self.reads_all = self._pick(step.reads_all)
         single = answers & self._pick(step.is_single)
         self.is_attended = single & of["has_core"] | answers & of["shares"]
         """[num_rows] rows that our kernel attends."""
         if step.requests.kernels.attend_scored:
-            self.is_attended |= single & self.scores
+            self.is_attended |= single & self.refreshes
         self.in_pass = self.is_ours & self._pick(step.in_pass)
 
     def _pick(self, values: npt.NDArray) -> npt.NDArray:

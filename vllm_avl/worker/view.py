@@ -108,7 +108,7 @@ def make_tasks(
     per_block = manager_size // block_size
     num_tokens, ends = step.num_tokens.tolist(), step.ends_prompt.tolist()
     first_block, ages = step.of["first_block"].tolist(), step.ages.tolist()
-    scores, attended = rows.scores.tolist(), rows.is_attended.tolist()
+    refreshes, attended = rows.refreshes.tolist(), rows.is_attended.tolist()
     for row, index in rows.with_python:
         state, length = step.state(index), num_tokens[index]
         first = first_block[index]
@@ -136,7 +136,7 @@ def make_tasks(
                 length,
                 stored,
                 first * manager_size,
-                scores[row],
+                refreshes[row],
                 attended[row],
                 num_aged * manager_size,
                 prompt,

@@ -7,7 +7,7 @@ import contextlib
 
 import torch
 
-from vllm_avl.testing.interpreted import interpreted
+from benchmarks.testing.interpreted import interpreted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}

@@ -13,7 +13,7 @@ from vllm_avl.kernels.cuda.select_rows_matmul import (
 )
 from vllm_avl.kernels.cuda.vision_scores import vision_scores
 
-from vllm_avl.testing.compiled import compile_launches, variants
+from benchmarks.testing.compiled import compile_launches, variants
 
 # Shared memory that a program may have on the smallest GPUs of these generations.
 SHARED = 99 * 1024

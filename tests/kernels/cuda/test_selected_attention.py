@@ -13,7 +13,7 @@ import torch
 from vllm_avl.kernels.cuda import reference_attention, selected_attention
 from vllm_avl.kernels.cuda.selected_attention import Refresh
 
-from vllm_avl.testing.interpreted import interpreted
+from benchmarks.testing.interpreted import interpreted
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

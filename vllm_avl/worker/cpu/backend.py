@@ -147,7 +147,7 @@ def _attended(
     starts = query_start_loc.numpy().astype(np.int64)
     counts = np.diff(starts)[found]
     tokens, num_tokens = starts[found + 1] - 1, seq_lens[found].astype(np.int64)
-    scored, is_whole_batch = rows.scores[found], is_whole_step
+    scored, is_whole_batch = rows.refreshes[found], is_whole_step
     if counts.max() > 1:
         # Each token of a row is one of the kernel's, and sees what is in front of it.
         is_whole_batch = False

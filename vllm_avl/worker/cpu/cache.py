@@ -74,7 +74,7 @@ class CPUCache:
         seen = selected_attention(query, *read, output, *self._numbers, **self._form)
         self.seen_by.update({int(rows.tokens[row]): paid for row, paid in seen.items()})
 
-    def scores(
+    def score(
         self,
         query: torch.Tensor,
         blocks: torch.Tensor,

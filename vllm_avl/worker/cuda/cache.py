@@ -67,7 +67,7 @@ class CUDACache:
         """[num_blocks, num_kv_heads, block_size, head_size] view."""
         return self.kv_cache[..., self.head_size :]
 
-    def scores(
+    def score(
         self,
         query: torch.Tensor,
         blocks: torch.Tensor,

@@ -102,7 +102,7 @@ def select(rows: StepRows, found: npt.NDArray) -> npt.NDArray:
         [
             np.where(ordinary, masked, 0),
             np.where(ordinary, listed, 0),
-            found & rows.scores,
+            found & rows.refreshes,
             masked,
             np.where(rows.in_pass, listed, 0),
         ]

@@ -1,0 +1,1 @@
+"""What vllm-avl costs and brings, measured against stock vLLM of the same version."""

@@ -1,0 +1,1 @@
+"""Kernels against what else computes the same, and against a copy of their bytes."""

@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: small models, an open engine, no GPU needed."""

@@ -1,1 +1,0 @@
-"""What tests, benchmarks and the demo share: small models and pictures."""
