@@ -46,8 +46,8 @@ SIZE = ModelSize(
     vision_num_heads=1,
     vision_intermediate_size=32,
 )
-STORE = {"vision_store_ratio": 0.5}
-CORE = STORE | {"vision_core_ratio": 0.3, "core_refresh_interval": 3}
+STORE = {"store_ratio": 0.5}
+CORE = STORE | {"core_ratio": 0.3, "refresh_interval": 3}
 VARIANTS: dict[str, Mapping[str, Any] | None] = {
     STOCK: None,
     "S=0.5": STORE,

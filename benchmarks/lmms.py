@@ -116,7 +116,7 @@ def measure(policy: str, args: argparse.Namespace) -> list[dict[str, object]]:
         (folder / f"{task}.jsonl").write_text(text)
     options = list(args.serve)
     if policy != "full":
-        settings = {"policy": policy, "vision_store_ratio": args.store_ratio}
+        settings = {"policy": policy, "store_ratio": args.store_ratio}
         options += ["--attention-backend", "avl"]
         options += json_option("--additional-config", {"avl": settings})
     try:

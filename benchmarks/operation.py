@@ -21,7 +21,7 @@ from benchmarks.report import append_rows, machine, print_heading, print_table, 
 from benchmarks.testing.models import ModelSize
 
 PRESSURE = {"engage": "pressure"}
-CORE = {"vision_core_ratio": 0.3}
+CORE = {"core_ratio": 0.3}
 SIZE = ModelSize(
     hidden_size=256,
     intermediate_size=512,

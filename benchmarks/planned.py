@@ -26,7 +26,7 @@ def main() -> None:
     for block_size in BLOCK_SIZES:
         cells = [
             "{} / {}".format(
-                *pictures_free(number, block_size, AVLConfig(vision_store_ratio=ratio))
+                *pictures_free(number, block_size, AVLConfig(store_ratio=ratio))
             )
             for number, ratio in columns
         ]

@@ -112,7 +112,7 @@ def start(
 ) -> Engines:
     """Start stock and `avl` with the same options; avl's settings are its defaults."""
     ratio = args.store_ratio
-    settings = {} if ratio is None else {"vision_store_ratio": ratio}
+    settings = {} if ratio is None else {"store_ratio": ratio}
     blocks = -(-pool_tokens // args.block_size) + 1
     engines = {
         name: Engine(
@@ -168,7 +168,7 @@ def report_turns(
     rows = summarize_turns(turns, engines[STOCK])
     settings = {
         "model": model.describe(),
-        "store_ratio": engines[AVL].in_force["vision_store_ratio"],
+        "store_ratio": engines[AVL].in_force["store_ratio"],
         "block_size": args.block_size,
         "output_tokens": args.output_tokens,
         "repeats": args.repeats,
@@ -295,7 +295,7 @@ def report_together(
     )
     settings = {
         "model": model.describe(),
-        "store_ratio": engines[AVL].in_force["vision_store_ratio"],
+        "store_ratio": engines[AVL].in_force["store_ratio"],
         "block_size": args.block_size,
         "pool_tokens": engines[STOCK].pool_tokens,
         "pool_requests": pool_requests,

@@ -7,6 +7,7 @@ import torch
 from oracle import Settings
 
 from benchmarks.testing.engine import Ask, picture
+from vllm_avl.plan import TEXT_HEAVY_RATIO, TEXT_MIN_TOKENS
 
 NUM_STEPS = 64
 BUDGET = 2e-4
@@ -83,11 +84,10 @@ def compare(engine, oracle, one, answer, replayed=1):
     config = plan.config
     settings = Settings(
         policy=config.policy,
-        interval=config.core_refresh_interval,
+        interval=config.refresh_interval,
         text_keep=config.text_keep_ratio,
-        text_heavy=config.text_heavy_ratio,
-        text_min=config.text_min_tokens,
-        text_decay=config.text_decay,
+        text_heavy=TEXT_HEAVY_RATIO,
+        text_min=TEXT_MIN_TOKENS,
         reduction=config.head_reduction,
         window=plan.num_scoring_rows,
         block_size=plan.block_size,

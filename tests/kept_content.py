@@ -21,7 +21,7 @@ from vllm_avl.demo.server import (
 from vllm_avl.front_end import schema
 
 KEY = "none"  # what the test server's own client sends
-SETTINGS = {"vision_core_ratio": 0.3, "introspection": 4, "show_content": True}
+SETTINGS = {"core_ratio": 0.3, "introspection": 4, "show_content": True}
 OPTIONS = (
     *("--attention-backend", "avl", "--dtype", "float32", "--enforce-eager"),
     *("--max-model-len", "2048", "--max-num-seqs", "4", "--api-key", KEY),

@@ -29,7 +29,6 @@ class Settings:
     text_keep: float = 1.0
     text_heavy: float = 0.7
     text_min: int = 20
-    text_decay: float = 1.0
     reduction: str = "mean"
     window: int = 1
     block_size: int = 32
@@ -172,8 +171,7 @@ class Oracle:
             for head, memory in enumerate(self.memories[layer]):
                 received = attention[head].sum(0).tolist()
                 memory.sums = {
-                    p: memory.sums.get(p, 0.0) * s.text_decay + received[p]
-                    for p in memory.stored
+                    p: memory.sums.get(p, 0.0) + received[p] for p in memory.stored
                 }
             if s.reselects and s.num_core_rows < s.num_stored_rows:
                 ranked = [p for p in range(self.num_prompt) if self._competes(p)]

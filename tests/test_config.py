@@ -2,18 +2,18 @@
 
 import pytest
 
-from vllm_avl.config import PRESETS, AVLConfig, parse_config, parse_overrides
+from vllm_avl.config import PRESETS, AVLConfig, parse_config, settings_of_request
 
 
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"vision_store_ratio": 1.5}, "vision_store_ratio = 1.5: must be a number in"),
-        ({"vision_store_ratio": 0}, "vision_store_ratio = 0: must be a number in (0,"),
-        ({"vision_store_ratio": -1}, "vision_store_ratio = -1: must be"),
-        ({"vision_store_ratio": "0.5"}, "vision_store_ratio = '0.5': must be a number"),
-        ({"vision_store_ratio": float("nan")}, "vision_store_ratio = nan: must be"),
-        ({"vision_store_ratio": True}, "vision_store_ratio = True: must be a number"),
+        ({"store_ratio": 1.5}, "store_ratio = 1.5: must be a number in"),
+        ({"store_ratio": 0}, "store_ratio = 0: must be a number in (0,"),
+        ({"store_ratio": -1}, "store_ratio = -1: must be"),
+        ({"store_ratio": "0.5"}, "store_ratio = '0.5': must be a number"),
+        ({"store_ratio": float("nan")}, "store_ratio = nan: must be"),
+        ({"store_ratio": True}, "store_ratio = True: must be a number"),
         (
             {"preset": "fat"},
             "additional_config.avl.preset = 'fat': must be one of balanced, lean, or",
@@ -26,23 +26,19 @@ from vllm_avl.config import PRESETS, AVLConfig, parse_config, parse_overrides
         ({"observation_window": 1.5}, "observation_window = 1.5: must be an integer"),
         (
             {"ratio": 0.5},
-            "ratio: unknown setting; known are preset, policy, vision_",
+            "ratio: unknown setting; known are preset, policy, store_",
         ),
         ({"policy": "best"}, "policy = 'best': must be one of avl, fastv, full, h2o"),
         ({"policy": []}, "policy = []: must be one of avl"),
-        ({"vision_core_ratio": 0}, "vision_core_ratio = 0: must be a number in (0, 1]"),
+        ({"core_ratio": 0}, "core_ratio = 0: must be a number in (0, 1]"),
         (
-            {"vision_core_ratio": 0.6},
-            "vision_core_ratio = 0.6: must be at most the store ratio 0.5",
+            {"core_ratio": 0.6},
+            "core_ratio = 0.6: must be at most the store ratio 0.5",
         ),
-        ({"core_refresh_interval": -1}, "core_refresh_interval = -1: must be an int"),
-        ({"core_refresh_interval": 1.5}, "core_refresh_interval = 1.5: must be an int"),
-        ({"core_refresh_interval": True}, "core_refresh_interval = True: must be an"),
+        ({"refresh_interval": -1}, "refresh_interval = -1: must be an int"),
+        ({"refresh_interval": 1.5}, "refresh_interval = 1.5: must be an int"),
+        ({"refresh_interval": True}, "refresh_interval = True: must be an"),
         ({"text_keep_ratio": 1.1}, "text_keep_ratio = 1.1: must be a number in (0, 1]"),
-        ({"text_heavy_ratio": 0}, "text_heavy_ratio = 0: must be a number in (0, 1]"),
-        ({"text_min_tokens": -3}, "text_min_tokens = -3: must be an integer from"),
-        ({"text_min_tokens": 2**40}, "must be an integer from 0 to 2147483647"),
-        ({"text_decay": 2}, "text_decay = 2: must be a number in (0, 1]"),
         ({"head_reduction": "sum"}, "head_reduction = 'sum': must be mean or max"),
         ({"executor": "pack"}, "executor: unknown setting; known are preset, policy"),
         ({"attention": "fa3"}, "attention = 'fa3': must be auto, flash or triton"),
@@ -62,15 +58,15 @@ def test_bad_settings_name_field_value_and_range(settings, line):
 
 
 def test_several_faults_are_all_named():
-    with pytest.raises(ValueError, match="vision_store_ratio.*observation_window"):
-        parse_config({"avl": {"vision_store_ratio": 2, "observation_window": 0}})
+    with pytest.raises(ValueError, match="store_ratio.*observation_window"):
+        parse_config({"avl": {"store_ratio": 2, "observation_window": 0}})
 
 
 def test_defaults_and_others_settings():
     assert parse_config({}) == AVLConfig()
     assert parse_config({"another": 1, "avl": {}}) == AVLConfig()
     # JSON has no floats without a point.
-    assert parse_config({"avl": {"vision_store_ratio": 1}}).vision_store_ratio == 1
+    assert parse_config({"avl": {"store_ratio": 1}}).store_ratio == 1
 
 
 @pytest.mark.parametrize(
@@ -94,19 +90,21 @@ def test_defaults_and_others_settings():
         ({"avl_stor_ratio": 1}, "vllm_xargs.avl_stor_ratio: unknown setting; known"),
     ],
 )
-def test_bad_overrides_name_field_value_and_range(arguments, line):
+def test_bad_arguments_name_field_value_and_range(arguments, line):
     with pytest.raises(ValueError, match="vllm_xargs") as caught:
-        parse_overrides(arguments)
+        settings_of_request(arguments, AVLConfig())
     assert line in str(caught.value)
 
 
-def test_overrides():
+def test_settings_of_requests():
     config = AVLConfig()
-    assert parse_overrides(None).apply(config) is config
-    assert parse_overrides({"kv_transfer_params": {}, "avlanche": 1}).avl
-    assert not parse_overrides({"avl": 0}).avl
-    assert parse_overrides({"avl_store_ratio": 0.2}).apply(config) == AVLConfig(
-        vision_store_ratio=0.2
+    assert settings_of_request(None, config) is config
+    others = {"kv_transfer_params": {}, "avlanche": 1}
+    assert settings_of_request(others, config) is config
+    assert settings_of_request({"avl": 1}, config) == config
+    assert settings_of_request({"avl": 0}, config) is None
+    assert settings_of_request({"avl_store_ratio": 0.2}, config) == AVLConfig(
+        store_ratio=0.2
     )
 
 
@@ -118,28 +116,28 @@ def test_what_is_set_beside_a_preset_wins():
     assert (
         AVLConfig(preset="balanced").model_copy(update={"preset": None}) == AVLConfig()
     )
-    settings = {"preset": "lean", "vision_store_ratio": 0.4, "vision_core_ratio": 0.1}
+    settings = {"preset": "lean", "store_ratio": 0.4, "core_ratio": 0.1}
     config = parse_config({"avl": settings})
-    assert (config.vision_store_ratio, config.vision_core_ratio) == (0.4, 0.1)
+    assert (config.store_ratio, config.core_ratio) == (0.4, 0.1)
 
 
 def test_a_requests_preset_takes_nothing_from_the_server_but_what_it_leaves_open():
     server = AVLConfig(
         policy="h2o",
-        vision_store_ratio=0.9,
-        vision_core_ratio=0.8,
-        core_refresh_interval=7,
+        store_ratio=0.9,
+        core_ratio=0.8,
+        refresh_interval=7,
         observation_window=3,
     )
-    config = parse_overrides({"avl_preset": "lean"}).apply(server)
+    config = settings_of_request({"avl_preset": "lean"}, server)
     expected = {"preset": "lean", **PRESETS["lean"]}
     assert config == server.model_copy(update=expected)
-    changed = parse_overrides({"avl_preset": "lean", "avl_store_ratio": 0.6})
-    assert changed.apply(server).vision_store_ratio == 0.6
-    assert changed.apply(server).core_ratio == 0.6
+    own = {"avl_preset": "lean", "avl_store_ratio": 0.6}
+    changed = settings_of_request(own, server)
+    assert (changed.store_ratio, changed.read_ratio) == (0.6, 0.6)
 
 
-def test_every_override():
+def test_every_setting_of_a_request():
     arguments = {
         "avl_policy": "h2o",
         "avl_store_ratio": 0.4,
@@ -147,11 +145,11 @@ def test_every_override():
         "avl_refresh_interval": 5,
         "avl_text_keep_ratio": 0.7,
     }
-    assert parse_overrides(arguments).apply(AVLConfig()) == AVLConfig(
+    assert settings_of_request(arguments, AVLConfig()) == AVLConfig(
         policy="h2o",
-        vision_store_ratio=0.4,
-        vision_core_ratio=0.2,
-        core_refresh_interval=5,
+        store_ratio=0.4,
+        core_ratio=0.2,
+        refresh_interval=5,
         text_keep_ratio=0.7,
     )
 
@@ -162,14 +160,14 @@ def test_every_override():
         ({"avl_core_ratio": 0.6}, "vllm_xargs.avl_core_ratio = 0.6: must be at most"),
         (
             {"avl_store_ratio": 0.2},
-            "the server's vision_core_ratio = 0.3: must be at most the store ratio 0.2",
+            "the server's core_ratio = 0.3: must be at most the store ratio 0.2",
         ),
     ],
     ids=["core-too-large", "store-below-the-servers-core"],
 )
 def test_core_is_a_part_of_what_is_stored(arguments, line):
     with pytest.raises(ValueError, match="must be at most") as caught:
-        parse_overrides(arguments).apply(AVLConfig(vision_core_ratio=0.3))
+        settings_of_request(arguments, AVLConfig(core_ratio=0.3))
     assert line in str(caught.value)
 
 
@@ -177,12 +175,12 @@ def test_core_is_a_part_of_what_is_stored(arguments, line):
     ("settings", "expected"),
     [
         ({}, 0),
-        ({"vision_core_ratio": 0.5}, 0),
-        ({"vision_core_ratio": 0.2, "core_refresh_interval": 1}, 0),
-        ({"vision_core_ratio": 0.2}, 1),
-        ({"vision_core_ratio": 0.2, "policy": "random"}, 1),
-        ({"vision_core_ratio": 0.2, "policy": "h2o"}, 2),
-        ({"vision_core_ratio": 0.2, "text_keep_ratio": 0.9}, 2),
+        ({"core_ratio": 0.5}, 0),
+        ({"core_ratio": 0.2, "refresh_interval": 1}, 0),
+        ({"core_ratio": 0.2}, 1),
+        ({"core_ratio": 0.2, "policy": "random"}, 1),
+        ({"core_ratio": 0.2, "policy": "h2o"}, 2),
+        ({"core_ratio": 0.2, "text_keep_ratio": 0.9}, 2),
         ({"text_keep_ratio": 0.9}, 0),
     ],
     ids=str,
@@ -192,7 +190,6 @@ def test_lists_of_core_that_a_servers_requests_need(settings, expected):
 
 
 def test_core_follows_the_store_ratio_unless_it_is_set():
-    assert AVLConfig(vision_store_ratio=0.2).core_ratio == 0.2
-    assert (
-        parse_overrides({"avl_store_ratio": 0.1}).apply(AVLConfig()).core_ratio == 0.1
-    )
+    assert AVLConfig(store_ratio=0.2).read_ratio == 0.2
+    changed = settings_of_request({"avl_store_ratio": 0.1}, AVLConfig())
+    assert changed.read_ratio == 0.1

@@ -9,8 +9,8 @@ from vllm_avl.plan import ceil_ratio, limit_chunk, make_plan
 
 
 def plan_of(num_tokens, ranges, block_size, ratio, window=1, **settings):
-    settings = {"core_refresh_interval": 0} | settings
-    config = AVLConfig(vision_store_ratio=ratio, observation_window=window, **settings)
+    settings = {"refresh_interval": 0} | settings
+    config = AVLConfig(store_ratio=ratio, observation_window=window, **settings)
     return make_plan(num_tokens, ranges, block_size, config)
 
 

@@ -3,12 +3,14 @@
 import math
 import pickle
 from fractions import Fraction
+from unittest.mock import patch
 
 import pytest
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from vllm_avl import plan as plans
 from vllm_avl.config import AVLConfig
 from vllm_avl.plan import Compaction, TextWindow, make_plan
 
@@ -89,13 +91,9 @@ def blocks_evicted_step_by_step(plan, ratio, min_tokens, lengths):
 def test_text_leaves_as_if_decided_step_by_step(
     ratio, min_tokens, block_size, ranges, num_question, chunks, one_by_one
 ):
-    plan = plan_of(
-        ranges[-1][1] + num_question,
-        ranges,
-        block_size,
-        text_keep_ratio=ratio,
-        text_min_tokens=min_tokens,
-    )
+    with patch.object(plans, "TEXT_MIN_TOKENS", min_tokens):
+        end = ranges[-1][1] + num_question
+        plan = plan_of(end, ranges, block_size, text_keep_ratio=ratio)
     lengths = [plan.num_prompt_tokens]
     for chunk in chunks + [1] * one_by_one:
         lengths.append(lengths[-1] + chunk)
@@ -109,9 +107,9 @@ def test_text_leaves_as_if_decided_step_by_step(
 @example(max_num_tokens=645, min_tokens=20)
 @example(max_num_tokens=644, min_tokens=20)
 def test_there_is_a_window_where_the_answer_can_outgrow_it(max_num_tokens, min_tokens):
-    settings = {"text_keep_ratio": 0.5, "text_min_tokens": min_tokens}
-    unlimited = plan_of(**settings)
-    plan = plan_of(max_num_tokens=max_num_tokens, **settings)
+    with patch.object(plans, "TEXT_MIN_TOKENS", min_tokens):
+        unlimited = plan_of(text_keep_ratio=0.5)
+        plan = plan_of(max_num_tokens=max_num_tokens, text_keep_ratio=0.5)
     outgrown = unlimited.num_evicted_text_blocks(max_num_tokens) > 0
     assert (plan.text_window is not None) == outgrown
 
@@ -138,8 +136,8 @@ def test_vision_fills_the_blocks_that_its_ratio_needs(
         end + num_behind,
         ((num_before, end),),
         block_size,
-        vision_store_ratio=store,
-        vision_core_ratio=core,
+        store_ratio=store,
+        core_ratio=core,
         text_keep_ratio=0.5,
     )
     full = plan.num_full_tokens
@@ -155,7 +153,7 @@ def test_vision_fills_the_blocks_that_its_ratio_needs(
 
 
 def test_an_ordinary_step_reads_core_and_a_refresh_what_is_stored():
-    plan = plan_of(vision_core_ratio=0.2)
+    plan = plan_of(core_ratio=0.2)
     # 5 text + ceil(571 / 2) rows are 10 blocks, 5 + ceil(571 / 5) rows are 4, of 18.
     assert plan.num_freed_blocks(600) == 18 - 10
     assert plan.num_stored_rows == 10 * 32
@@ -164,7 +162,7 @@ def test_an_ordinary_step_reads_core_and_a_refresh_what_is_stored():
 
 
 def test_a_block_of_evicted_text_is_one_stored_block_less():
-    plan = plan_of(vision_core_ratio=0.2, text_keep_ratio=0.5)
+    plan = plan_of(core_ratio=0.2, text_keep_ratio=0.5)
     # 19 text tokens behind the image at 600; at 645 they are 64, and 32 are kept.
     assert [plan.num_freed_blocks(n) for n in (600, 644, 645)] == [8, 8, 9]
     # What refreshes alone read stays.
@@ -179,30 +177,30 @@ def test_nothing_is_freed_before_the_prompt_ends():
 
 
 def test_every_third_step_refreshes():
-    plan = plan_of(vision_core_ratio=0.2, core_refresh_interval=3)
+    plan = plan_of(core_ratio=0.2, refresh_interval=3)
     refreshing = [t for t in range(1, 10) if plan.refreshes(600 + t - 1, 1)]
     assert refreshing == [3, 6, 9]
 
 
 def test_several_tokens_at_once_always_refresh():
-    plan = plan_of(vision_core_ratio=0.2, core_refresh_interval=5)
+    plan = plan_of(core_ratio=0.2, refresh_interval=5)
     assert all(plan.refreshes(num_computed, 2) for num_computed in range(600, 610))
 
 
 @pytest.mark.parametrize("interval", [0, 1])
 def test_text_is_scored_on_every_step_that_reads_all(interval):
-    plan = plan_of(text_keep_ratio=0.7, core_refresh_interval=interval)
+    plan = plan_of(text_keep_ratio=0.7, refresh_interval=interval)
     assert all(plan.refreshes(num_computed, 1) for num_computed in range(600, 610))
 
 
 def test_text_without_core_is_scored_at_the_interval():
-    plan = plan_of(text_keep_ratio=0.7, core_refresh_interval=4)
+    plan = plan_of(text_keep_ratio=0.7, refresh_interval=4)
     refreshing = [t for t in range(1, 10) if plan.refreshes(600 + t - 1, 1)]
     assert refreshing == [4, 8]
 
 
 def test_without_core_and_text_window_nothing_refreshes():
-    plan = plan_of(core_refresh_interval=1)
+    plan = plan_of(refresh_interval=1)
     assert not any(plan.refreshes(600, num_new) for num_new in (1, 2))
 
 
@@ -210,20 +208,20 @@ def test_without_core_and_text_window_nothing_refreshes():
     ("interval", "has_core"), [(0, False), (1, False), (2, True), (3, True)]
 )
 def test_core_needs_steps_between_refreshes(interval, has_core):
-    plan = plan_of(vision_core_ratio=0.2, core_refresh_interval=interval)
+    plan = plan_of(core_ratio=0.2, refresh_interval=interval)
     assert plan.has_core is has_core
     assert (plan.num_core_blocks < plan.num_stored_blocks) is has_core
 
 
-STORE_ALL = {"vision_store_ratio": 1.0}
+STORE_ALL = {"store_ratio": 1.0}
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         STORE_ALL,
-        STORE_ALL | {"vision_core_ratio": 0.3, "core_refresh_interval": 0},
-        STORE_ALL | {"vision_core_ratio": 0.999},
+        STORE_ALL | {"core_ratio": 0.3, "refresh_interval": 0},
+        STORE_ALL | {"core_ratio": 0.999},
         STORE_ALL | {"text_keep_ratio": 0.5, "max_num_tokens": 644},
     ],
     ids=["all-read", "core-never-used", "core-of-all-blocks", "short-answer"],
@@ -236,7 +234,7 @@ def test_nothing_saved_is_no_plan(settings):
     "settings",
     [
         STORE_ALL | {"text_keep_ratio": 0.99},
-        STORE_ALL | {"vision_core_ratio": 0.3},
+        STORE_ALL | {"core_ratio": 0.3},
         {},
     ],
     ids=["text-only", "reads-only", "stored-only"],
@@ -255,8 +253,8 @@ def test_text_alone_keeps_the_prompts_blocks():
     ("settings", "moves"),
     [
         ({}, True),
-        (STORE_ALL | {"vision_core_ratio": 0.3}, False),
-        (STORE_ALL | {"vision_core_ratio": 0.3, "text_keep_ratio": 0.5}, True),
+        (STORE_ALL | {"core_ratio": 0.3}, False),
+        (STORE_ALL | {"core_ratio": 0.3, "text_keep_ratio": 0.5}, True),
         (STORE_ALL | {"text_keep_ratio": 0.5}, True),
     ],
     ids=["stored", "read", "read-text", "text"],
@@ -274,6 +272,6 @@ def test_scoring_rows_begin_at_the_last_encoded_input_at_most(last_encoded, expe
 
 @pytest.mark.parametrize("text_keep_ratio", [0.7, 1.0])
 def test_a_plan_survives_the_way_to_the_workers(text_keep_ratio):
-    plan = plan_of(vision_core_ratio=0.2, text_keep_ratio=text_keep_ratio)
+    plan = plan_of(core_ratio=0.2, text_keep_ratio=text_keep_ratio)
     told = Compaction(plan, (7, 3, 9), in_place=True, num_copied=0)
     assert pickle.loads(pickle.dumps(told)) == told

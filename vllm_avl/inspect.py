@@ -25,9 +25,9 @@ LENGTH = 64
 # One process, which says only what is wrong.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
 OPTIONS = {
-    "vision_store_ratio": "--store-ratio",
-    "vision_core_ratio": "--core-ratio",
-    "core_refresh_interval": "--refresh-interval",
+    "store_ratio": "--store-ratio",
+    "core_ratio": "--core-ratio",
+    "refresh_interval": "--refresh-interval",
     "policy": "--policy",
 }
 
@@ -140,7 +140,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--store-ratio",
         type=float,
         metavar="S",
-        help=f"vision tokens stored; default: {DEFAULTS.vision_store_ratio}",
+        help=f"vision tokens stored; default: {DEFAULTS.store_ratio}",
     )
     add(
         "--core-ratio",
@@ -152,7 +152,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--refresh-interval",
         type=int,
         metavar="K",
-        help=f"steps between refreshes; default: {DEFAULTS.core_refresh_interval}",
+        help=f"steps between refreshes; default: {DEFAULTS.refresh_interval}",
     )
     add("--policy", help=f"the rule that ranks; default: {DEFAULTS.policy}")
     add("--max-tokens", type=int, default=LENGTH, help="default: %(default)s")

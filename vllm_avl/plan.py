@@ -14,6 +14,8 @@ from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Decimal
 from vllm_avl.config import AVLConfig
 from vllm_avl.policies import POLICIES
 
+TEXT_HEAVY_RATIO, TEXT_MIN_TOKENS = 0.7, 20
+
 
 @dataclass(frozen=True, slots=True)
 class TextWindow:
@@ -21,6 +23,7 @@ class TextWindow:
 
     keep_ratio: float
     heavy_ratio: float
+    """Part of what stays that the most attended tokens have; the rest is recent."""
     min_tokens: int
 
     def size(self, num_text: int) -> int:
@@ -176,7 +179,7 @@ class Plan:
         """
         if not self.has_core and self.text_window is None:
             return False
-        interval = self.config.core_refresh_interval
+        interval = self.config.refresh_interval
         step = num_computed - self.num_prompt_tokens + 1
         return num_new > 1 or interval <= 1 or step % interval == 0
 
@@ -223,14 +226,12 @@ def make_plan(
     def blocks(ratio: float) -> int:
         return -(-(num_text + ceil_ratio(ratio, num_vision)) // block_size)
 
-    num_stored_blocks = num_core_blocks = blocks(config.vision_store_ratio)
-    if config.core_refresh_interval > 1:
-        num_core_blocks = blocks(config.core_ratio)
+    num_stored_blocks = num_core_blocks = blocks(config.store_ratio)
+    if config.refresh_interval > 1:
+        num_core_blocks = blocks(config.read_ratio)
     window = None
     if config.text_keep_ratio < 1:
-        window = TextWindow(
-            config.text_keep_ratio, config.text_heavy_ratio, config.text_min_tokens
-        )
+        window = TextWindow(config.text_keep_ratio, TEXT_HEAVY_RATIO, TEXT_MIN_TOKENS)
         if max_num_tokens is not None:
             most = max_num_tokens - vision_ranges[0][0] - count(vision_ranges)
             if most - window.size(most) < block_size:

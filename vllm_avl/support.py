@@ -196,7 +196,7 @@ def _check_drafts(drafts: Any, device_type: str, avl_config: AVLConfig) -> None:
     if not avl_config.reads_all:
         raise UnsupportedError(
             f"{BACKEND} supports speculative decoding where all that is stored is "
-            f"read: {_reading(avl_config)}; leave vision_core_ratio and "
+            f"read: {_reading(avl_config)}; leave core_ratio and "
             f"text_keep_ratio out, drop --speculative-config, {WAY_OUT}"
         )
 
@@ -229,8 +229,8 @@ def check_drafted_request(avl_config: AVLConfig) -> None:
 
 def _reading(avl_config: AVLConfig) -> str:
     return (
-        f"vision_core_ratio = {avl_config.core_ratio!r} of vision_store_ratio = "
-        f"{avl_config.vision_store_ratio!r}, text_keep_ratio = "
+        f"core_ratio = {avl_config.read_ratio!r} of store_ratio = "
+        f"{avl_config.store_ratio!r}, text_keep_ratio = "
         f"{avl_config.text_keep_ratio!r}"
     )
 

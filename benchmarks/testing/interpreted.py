@@ -32,7 +32,7 @@ def interpreted(*modules: ModuleType) -> Iterator[None]:
             for name, function in kernels(module):
                 replaced = InterpretedFunction(function.fn)
                 stack.enter_context(patch.object(module, name, replaced))
-        stack.enter_context(_interpreted_language())
+        stack.enter_context(interpreted_language())
         yield
 
 
@@ -42,17 +42,23 @@ def kernels(module: ModuleType) -> list[tuple[str, JITFunction]]:
 
 
 def with_imported(modules: Iterable[ModuleType]) -> set[ModuleType]:
-    """Return modules, and those from which they have their kernels."""
+    """Return modules, and those beside them from which they have functions."""
     found, new = set(), set(modules)
     while new:
         found |= new
-        names = {f.fn.__module__ for module in new for _, f in kernels(module)}
-        new = {sys.modules[name] for name in names} - found - set(LANGUAGE)
+        names = {
+            name
+            for module in new
+            for value in vars(module).values()
+            if isinstance(name := getattr(value, "__module__", None), str)
+            and name.rpartition(".")[0] == module.__name__.rpartition(".")[0]
+        }
+        new = {sys.modules[name] for name in names} - found
     return found
 
 
 @contextmanager
-def _interpreted_language() -> Iterator[None]:
+def interpreted_language() -> Iterator[None]:
     """Replace the language once; Triton does at every call of every function."""
     scope = interpreter._patch_lang(USER)
     nothing = interpreter._LangPatchScope()

@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument(
         "--avl",
         type=json.loads,
-        help="""the plug-in's settings, as in '{"vision_store_ratio": 0.5}'; """
+        help="""the plug-in's settings, as in '{"store_ratio": 0.5}'; """
         "vLLM's own attention without",
     )
     parser.add_argument("--out", type=Path, help="append the rows to this CSV")

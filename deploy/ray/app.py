@@ -34,7 +34,7 @@ class Settings(BaseModel):
     """Cores that Ray sets aside for a replica that has no GPU."""
     accelerator_type: str | None = None
     """As Ray calls it, such as H100; any GPU unless given."""
-    avl: JsonOrObject = {"vision_store_ratio": 0.5}
+    avl: JsonOrObject = {"store_ratio": 0.5}
     """The plug-in's settings."""
     engine: JsonOrObject = {}
     """Any further argument of vLLM's engine, with underscores."""

@@ -22,9 +22,9 @@ NUM_PROMPT_TOKENS = 600
 VISION_RANGE = (5, 581)
 BLOCK_SIZE = 32
 CONFIG = AVLConfig(
-    vision_store_ratio=0.5,
-    vision_core_ratio=0.3,
-    core_refresh_interval=3,
+    store_ratio=0.5,
+    core_ratio=0.3,
+    refresh_interval=3,
     text_keep_ratio=0.7,
 )
 ORDINARY_STEP = 40
@@ -199,7 +199,7 @@ def draw_ordinary_step(strips: Strips, plan: Plan, length: int) -> None:
 def draw_refresh_step(strips: Strips, plan: Plan, length: int) -> None:
     """Draw a step that reads all and selects core anew."""
     step = length - plan.num_prompt_tokens
-    interval = plan.config.core_refresh_interval
+    interval = plan.config.refresh_interval
     strips.begin(
         f"A refresh step (t = {step}, K = {interval}) reads all that is stored; "
         "core is other slots from now on, no row moves",

@@ -45,7 +45,7 @@ def test_the_settings_in_force_are_printed(measured):
         assert "dtype bfloat16, block_size 32" in line
         assert "prefix_caching True" in line
     assert "stock: backend CPU_ATTN" in stock
-    assert "vision_store_ratio 0.5" in avl
+    assert "store_ratio 0.5" in avl
 
 
 def test_later_turns_are_served_from_the_prefix_cache(measured):

@@ -75,9 +75,7 @@ def test_what_is_trained_is_what_the_card_says(overfitted):
     assert sum(trained) == small_checks.NUM_WEIGHTS
 
 
-@pytest.mark.parametrize(
-    "avl", [None, {"vision_store_ratio": 0.9}], ids=["stock", "avl"]
-)
+@pytest.mark.parametrize("avl", [None, {"store_ratio": 0.9}], ids=["stock", "avl"])
 def test_vllm_gives_the_tokens_of_transformers(exported, avl):
     folder, asked, expected = exported
     llm = make_engine(folder, avl)

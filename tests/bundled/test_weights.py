@@ -40,7 +40,7 @@ def started():
         llm.llm_engine.engine_core.shutdown()
 
 
-@pytest.fixture(params=[None, {"vision_store_ratio": 0.9}], ids=["stock", "avl"])
+@pytest.fixture(params=[None, {"store_ratio": 0.9}], ids=["stock", "avl"])
 def engine(request, started):
     if request.param_index not in started:
         started[request.param_index] = make_engine(WEIGHTS, request.param)

@@ -23,7 +23,7 @@ from vllm_avl.kernels.cpu.vectors import ELEMENTS
 
 from vllm_avl import support
 from vllm_avl.config import AVLConfig
-from vllm_avl.front_end import overrides
+from vllm_avl.front_end import request_settings
 from vllm_avl.scheduler.spec import AVLSpec, our_group
 from vllm_avl.support import UnsupportedError
 
@@ -50,16 +50,16 @@ def start(checkpoints, **options):
         (
             {
                 "speculative_config": {"method": "ngram", "num_speculative_tokens": 2},
-                "additional_config": {"avl": {"vision_core_ratio": 0.2}},
+                "additional_config": {"avl": {"core_ratio": 0.2}},
             },
-            "where all that is stored is read: vision_core_ratio = 0.2 of",
+            "where all that is stored is read: core_ratio = 0.2 of",
         ),
         (
             {
                 "speculative_config": {"method": "ngram", "num_speculative_tokens": 2},
                 "additional_config": {"avl": {"text_keep_ratio": 0.7}},
             },
-            "leave vision_core_ratio and text_keep_ratio out, drop --speculative",
+            "leave core_ratio and text_keep_ratio out, drop --speculative",
         ),
         ({"kv_offloading_size": 1}, "drop --kv-offloading-size"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "does not support a KV cache of fp8_e5m2"),
@@ -78,12 +78,12 @@ def start(checkpoints, **options):
             "at least 67 (--max-num-seqs 4 and observation_window 64), not 64",
         ),
         (
-            {"additional_config": {"avl": {"vision_store_ratio": 1.5}}},
-            "additional_config.avl.vision_store_ratio = 1.5: must be a number in",
+            {"additional_config": {"avl": {"store_ratio": 1.5}}},
+            "additional_config.avl.store_ratio = 1.5: must be a number in",
         ),
         (
-            {"additional_config": {"avl": {"vision_stored": 1}}},
-            "additional_config.avl.vision_stored: unknown setting",
+            {"additional_config": {"avl": {"stored": 1}}},
+            "additional_config.avl.stored: unknown setting",
         ),
         (
             {"additional_config": {"avl": {"attention": "flash"}}},
@@ -199,8 +199,8 @@ def test_what_an_adapted_drafter_may_not_have(method, field, value):
     "settings",
     [
         {},
-        {"vision_core_ratio": 0.5},
-        {"vision_core_ratio": 0.2, "core_refresh_interval": 0},
+        {"core_ratio": 0.5},
+        {"core_ratio": 0.2, "refresh_interval": 0},
     ],
 )
 def test_drafts_where_all_that_is_stored_is_read(settings):
@@ -225,17 +225,19 @@ def served(**options):
 @pytest.mark.parametrize(
     ("options", "xargs", "named"),
     [
-        ({}, {"avl_core_ratio": 0.2}, "vision_core_ratio = 0.2 of vision_store_ratio"),
+        ({}, {"avl_core_ratio": 0.2}, "core_ratio = 0.2 of store_ratio"),
         ({}, {"avl_text_keep_ratio": 0.7}, "text_keep_ratio = 0.7; let avl_core"),
-        ({"vision_core_ratio": 0.5}, {"avl_store_ratio": 0.9}, "= 0.5 of vision_st"),
+        ({"core_ratio": 0.5}, {"avl_store_ratio": 0.9}, "= 0.5 of store_rat"),
     ],
 )
 def test_a_request_to_a_server_with_drafts_reads_all(options, xargs, named):
     with pytest.raises(VLLMValidationError, match=named):
-        overrides.check(served(**options), xargs)
-    overrides.check(served(**options), xargs | {"avl": 0})
-    overrides.check(served(**options), {"avl_store_ratio": 0.5})
-    overrides.check(served(**options), {"avl_preset": "lean", "avl_core_ratio": 0.45})
+        request_settings.check(served(**options), xargs)
+    request_settings.check(served(**options), xargs | {"avl": 0})
+    request_settings.check(served(**options), {"avl_store_ratio": 0.5})
+    request_settings.check(
+        served(**options), {"avl_preset": "lean", "avl_core_ratio": 0.45}
+    )
 
 
 @pytest.mark.parametrize(
@@ -296,7 +298,7 @@ def test_every_refusal_of_the_table_has_a_case():
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_caches_of_every_dtype_are_served(checkpoints, dtype):
-    avl = {"vision_store_ratio": 0.5, "vision_core_ratio": 0.2}
+    avl = {"store_ratio": 0.5, "core_ratio": 0.2}
     config = start(checkpoints, dtype=dtype, additional_config={"avl": avl})
     assert config.model_config.dtype in ELEMENTS
 

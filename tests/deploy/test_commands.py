@@ -38,7 +38,7 @@ def test_vllm_takes_the_command(command):
     arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(command())
     assert str(arguments.attention_backend).lower().endswith("avl")
     config = parse_config(arguments.additional_config)
-    assert config.vision_store_ratio == 0.5
+    assert config.store_ratio == 0.5
 
 
 def test_ray_gives_arguments_that_the_engine_has():

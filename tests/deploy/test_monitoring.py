@@ -33,7 +33,7 @@ OPTIONS = (
     *("--max-model-len", "2048", "--kv-cache-memory-bytes", str(64 << 20)),
     *json_option(
         "--additional-config",
-        {"avl": {"vision_core_ratio": 0.3, "text_keep_ratio": 0.5}},
+        {"avl": {"core_ratio": 0.3, "text_keep_ratio": 0.5}},
     ),
 )
 SECONDS_OF_LOAD = 12

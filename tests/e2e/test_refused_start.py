@@ -9,13 +9,13 @@ from vllm_avl.demo.server import ONE_THREAD, ServerError, json_option
 
 CASES = {
     "ratio": (
-        json_option("--additional-config", {"avl": {"vision_store_ratio": 1.5}}),
-        "additional_config.avl.vision_store_ratio = 1.5: must be a number in (0, 1]",
+        json_option("--additional-config", {"avl": {"store_ratio": 1.5}}),
+        "additional_config.avl.store_ratio = 1.5: must be a number in (0, 1]",
     ),
     "unknown": (
-        json_option("--additional-config", {"avl": {"store_ratio": 0.5}}),
-        "additional_config.avl.store_ratio: unknown setting; known are "
-        "preset, policy, vision_store_ratio",
+        json_option("--additional-config", {"avl": {"stored_ratio": 0.5}}),
+        "additional_config.avl.stored_ratio: unknown setting; known are "
+        "preset, policy, store_ratio",
     ),
     "speculative": (
         (
@@ -27,10 +27,10 @@ CASES = {
                     "prompt_lookup_max": 3,
                 },
             ),
-            *json_option("--additional-config", {"avl": {"vision_core_ratio": 0.2}}),
+            *json_option("--additional-config", {"avl": {"core_ratio": 0.2}}),
         ),
         "--attention-backend avl supports speculative decoding where all that is "
-        "stored is read: vision_core_ratio = 0.2 of vision_store_ratio = 0.5",
+        "stored is read: core_ratio = 0.2 of store_ratio = 0.5",
     ),
 }
 LAST_LINES = 4

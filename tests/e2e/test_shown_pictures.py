@@ -23,7 +23,7 @@ def server(request, checkpoints, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
     limits = json_option("--limit-mm-per-prompt", {"image": 4, "video": 1})
     more = limits if request.param == "qwen2_5_vl" else ()
-    with serving(checkpoints(request.param), log, *more, vision_store_ratio=0.3) as one:
+    with serving(checkpoints(request.param), log, *more, store_ratio=0.3) as one:
         yield one
 
 

@@ -17,9 +17,7 @@ ASKS = [
 )
 def test_identity_eviction_and_batches(name, engines):
     stock = engines(name, avl=None, limit_mm_per_prompt={"image": 3})
-    ours = engines(
-        name, avl={"vision_store_ratio": 0.3}, limit_mm_per_prompt={"image": 3}
-    )
+    ours = engines(name, avl={"store_ratio": 0.3}, limit_mm_per_prompt={"image": 3})
     expected = stock.ask(ASKS)
     off = [Ask(a.images, a.text, a.max_tokens, (("avl", 0),)) for a in ASKS]
     assert ours.ask(off) == expected
@@ -46,7 +44,7 @@ def num_null_blocks(engine):
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "idefics3"])
 def test_chunks_smaller_than_an_image(name, engines):
-    settings = {"avl": {"vision_store_ratio": 0.3}, "dtype": "float32"}
+    settings = {"avl": {"store_ratio": 0.3}, "dtype": "float32"}
     whole = engines(name, **settings)
     chunked = engines(name, max_num_batched_tokens=100, **settings)
     assert chunked.ask(ASKS) == whole.ask(ASKS)
@@ -54,7 +52,7 @@ def test_chunks_smaller_than_an_image(name, engines):
 
 def test_placeholders_that_are_not_embedded_count_as_text(engines):
     """Idefics3 has row and column markers inside an image's placeholder."""
-    engine = engines("idefics3", avl={"vision_store_ratio": 0.3})
+    engine = engines("idefics3", avl={"store_ratio": 0.3})
     engine.llm.reset_prefix_cache()
     engine.add("x", ASKS[0])
     engine.step()

@@ -20,12 +20,11 @@ from vllm_avl.worker.view import make_tasks, stored_table
 NUM_BLOCKS = 100
 
 SETTINGS = {
-    "store": {"vision_store_ratio": 0.3},
+    "store": {"store_ratio": 0.3},
     "store-core-text": {
-        "vision_store_ratio": 0.3,
-        "vision_core_ratio": 0.1,
+        "store_ratio": 0.3,
+        "core_ratio": 0.1,
         "text_keep_ratio": 0.3,
-        "text_min_tokens": 8,
     },
 }
 

@@ -47,9 +47,7 @@ def draw_requests(rng, max_tokens=5):
 
 def start(engines, rng, disable_chunked_mm_input):
     window = rng.choice((None, 1, 32, 256))
-    settings = {"vision_store_ratio": 0.5} | (
-        {"observation_window": window} if window else {}
-    )
+    settings = {"store_ratio": 0.5} | ({"observation_window": window} if window else {})
     scheduler = make_scheduler(
         AVLScheduler,
         engines().core,

@@ -230,7 +230,7 @@ def test_eagle3(checkpoints, tmp_path, name):
 
 def test_everything_stored_is_stock_with_drafts(start, expected):
     asks = QUESTIONS[2 : len(QUESTIONS) : 5]
-    everything = {"avl": {"vision_store_ratio": 1}, "speculative_config": NGRAM}
+    everything = {"avl": {"store_ratio": 1}, "speculative_config": NGRAM}
     stock = start(avl=None, speculative_config=NGRAM)
     plain = [Ask(a.images, a.text, a.max_tokens, (), a.prefix) for a in asks]
     assert start(**everything).ask(plain) == stock.ask(plain)

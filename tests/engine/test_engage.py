@@ -8,6 +8,7 @@ from benchmarks.testing import models
 from benchmarks.testing.engine import Ask, Engine
 from vllm_avl.metrics.definitions import Stock
 from vllm_avl.plan import Plan
+from vllm_avl.scheduler import pressure
 
 SIZE = models.ModelSize(
     hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_size=32
@@ -103,8 +104,9 @@ def test_seats_hold_a_queue_up_not_blocks(start):
 @pytest.mark.parametrize(
     ("num_at_once", "kind"), [(1, Stock), (4, Plan)], ids=["stock", "adapted"]
 )
-def test_a_preempted_request_stays_what_it_was(start, num_at_once, kind):
-    engine = start(52, {"engage": "pressure", "engage_pool_use": 1.0})
+def test_a_preempted_request_stays_what_it_was(start, num_at_once, kind, monkeypatch):
+    monkeypatch.setattr(pressure, "ENGAGE_AT", 1.0)
+    engine = start(52, {"engage": "pressure"})
     preempted, made = Counter(), {}
     scheduler = engine.scheduler
     decide, preempt = scheduler._decide, scheduler._preempt_request

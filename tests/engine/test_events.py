@@ -30,9 +30,7 @@ def test_events_add_up_to_what_is_cached(engines, num_blocks):
         enable_kv_cache_events=True, publisher="null"
     )
     try:
-        scheduler = make_scheduler(
-            AVLScheduler, core, num_blocks, {"vision_store_ratio": 0.5}
-        )
+        scheduler = make_scheduler(AVLScheduler, core, num_blocks, {"store_ratio": 0.5})
     finally:
         core.vllm_config.kv_events_config = config
     told, kinds, num_added = Counter(), set(), 0

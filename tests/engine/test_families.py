@@ -246,7 +246,7 @@ def start_scheduler(engine, num_batched, **options):
         AVLScheduler,
         engine.core,
         3000,
-        {"vision_store_ratio": 0.3},
+        {"store_ratio": 0.3},
         max_num_seqs=64,
         max_num_batched_tokens=num_batched,
         **options,

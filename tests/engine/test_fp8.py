@@ -9,7 +9,7 @@ from benchmarks.testing.engine import Ask
 
 pytestmark = NEEDS_FP8
 
-HALF = {"vision_store_ratio": 0.5, "introspection": 4}
+HALF = {"store_ratio": 0.5, "introspection": 4}
 ASKS = [
     Ask((1,), "What is it?", 24),
     Ask((2, 3), "Compare the two.", 40, (("avl_core_ratio", 0.2),)),
@@ -60,7 +60,7 @@ def test_what_is_evicted_is_nearly_what_bfloat16_evicts(engines):
 def test_all_ratios_1_give_the_tokens_of_stock(engines, block_size):
     options = {"kv_cache_dtype": "fp8_e4m3", "dtype": "bfloat16"}
     options["block_size"] = block_size
-    ones = dict.fromkeys(("vision_store_ratio", "vision_core_ratio"), 1.0)
+    ones = dict.fromkeys(("store_ratio", "core_ratio"), 1.0)
     ours = engines(avl=ones | {"text_keep_ratio": 1}, **options)
     assert ours.ask(ASKS_OF_STOCK) == engines(avl=None, **options).ask(ASKS_OF_STOCK)
 

@@ -37,7 +37,7 @@ MODES = {
 def pair(request, engines):
     options = MODES[request.param]
     stock = engines(avl=None, **options)
-    settings = dict.fromkeys(("vision_store_ratio", "vision_core_ratio"), 1.0)
+    settings = dict.fromkeys(("store_ratio", "core_ratio"), 1.0)
     return stock, engines(avl=settings | {"text_keep_ratio": 1}, **options)
 
 
@@ -57,7 +57,7 @@ def test_sampled_batch(pair):
 
 
 def test_off_by_request(engines):
-    stock, ours = engines(avl=None), engines(avl={"vision_store_ratio": 0.2})
+    stock, ours = engines(avl=None), engines(avl={"store_ratio": 0.2})
 
     def with_xargs(**xargs):
         return [replace(ask, xargs=tuple(xargs.items())) for ask in ASKS]
@@ -69,13 +69,13 @@ def test_off_by_request(engines):
 
 
 def test_text_only_and_single_token_are_stock(engines):
-    stock, ours = engines(avl=None), engines(avl={"vision_store_ratio": 0.2})
+    stock, ours = engines(avl=None), engines(avl={"store_ratio": 0.2})
     asks = [Ask((), "No picture.", 12), Ask((1, 2), "One token.", 1)]
     assert ours.ask(asks) == stock.ask(asks)
 
 
 def test_n_above_one_is_stock(engines):
-    stock, ours = engines(avl=None), engines(avl={"vision_store_ratio": 0.2})
+    stock, ours = engines(avl=None), engines(avl={"store_ratio": 0.2})
     sampling = {"n": 3, "temperature": 0.8, "max_tokens": 12}
 
     def children(engine):
@@ -91,7 +91,7 @@ def test_n_above_one_is_stock(engines):
 def test_beam_search_is_stock(engines):
     from vllm.sampling_params import BeamSearchParams
 
-    stock, ours = engines(avl=None), engines(avl={"vision_store_ratio": 0.2})
+    stock, ours = engines(avl=None), engines(avl={"store_ratio": 0.2})
 
     def beams(engine):
         params = BeamSearchParams(beam_width=2, max_tokens=6, ignore_eos=True)

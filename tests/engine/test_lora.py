@@ -44,7 +44,7 @@ def start(checkpoints):
 
 
 def test_two_adapters_in_one_batch(start, adapters):
-    engine = start({"vision_store_ratio": 0.3})
+    engine = start({"store_ratio": 0.3})
     one, two = adapters
     by_one, by_two = ask(engine, ASKS, [one, one]), ask(engine, ASKS, [two, two])
     assert by_one != by_two
@@ -58,5 +58,5 @@ def test_identity(start, adapters):
     stock = start(None)
     expected = [ask(stock, ASKS, mix) for mix in mixes]
     stock.shutdown()
-    ours = start({"vision_store_ratio": 1.0})
+    ours = start({"store_ratio": 1.0})
     assert [ask(ours, ASKS, mix) for mix in mixes] == expected

@@ -25,7 +25,7 @@ BATCHES = {
     "avl": ({}, grid()),
     "avl-text": ({}, grid(text_keep_ratio=0.3)),
     "avl-text-half-without-vision": (
-        {"text_min_tokens": 5, "text_heavy_ratio": 0.4, "text_decay": 0.9},
+        {},
         [
             ask("two", store_ratio=1, text_keep_ratio=0.5),
             ask("one", store_ratio=1, refresh_interval=0, text_keep_ratio=0.2),

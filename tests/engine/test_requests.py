@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.testing.engine import Ask
 
-S = {"vision_store_ratio": 0.3}
+S = {"store_ratio": 0.3}
 ASKS = [
     Ask((1,), "What is it?", 30),
     Ask((2, 3), "Compare the two.", 44),
@@ -20,13 +20,12 @@ MODES = {
     "chunks-smaller-than-an-image": {"max_num_batched_tokens": 200},
     "block-128": {"block_size": 128},
     "window-32": {"avl": S | {"observation_window": 32}},
-    "core": {"avl": S | {"vision_core_ratio": 0.1}},
+    "core": {"avl": S | {"core_ratio": 0.1}},
     "core-text": {
-        "avl": S
-        | {"vision_core_ratio": 0.1, "text_keep_ratio": 0.3, "text_min_tokens": 8},
+        "avl": S | {"core_ratio": 0.1, "text_keep_ratio": 0.3},
         "max_num_batched_tokens": 500,
     },
-    "h2o": {"avl": S | {"policy": "h2o", "vision_core_ratio": 0.1}},
+    "h2o": {"avl": S | {"policy": "h2o", "core_ratio": 0.1}},
 }
 
 

@@ -76,7 +76,7 @@ def with_pixels(name):
 @pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
 def test_a_worker_is_sent_what_it_can_be_told_to_drop(engines, v2):
     """Runner V2 gets a request anew when it resumes, and so only what that asks for."""
-    avl = {"vision_store_ratio": 0.5}
+    avl = {"store_ratio": 0.5}
     scheduler = make_scheduler(AVLScheduler, engines().core, 100, avl)
     scheduler.use_v2_model_runner = v2
     scheduler.add_request(with_pixels("first"))

@@ -36,8 +36,8 @@ def start(checkpoints, monkeypatch):
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_two_ranks_keep_and_read_what_one_does(start):
     settings = {
-        "vision_store_ratio": 0.3,
-        "vision_core_ratio": 0.1,
+        "store_ratio": 0.3,
+        "core_ratio": 0.1,
         "refresh_all_ranks": True,
         "introspection": 16,
     }

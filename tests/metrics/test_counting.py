@@ -116,7 +116,7 @@ def test_a_line_says_what_happened_since_the_last():
 
 
 def test_the_line_at_start_up_says_what_is_on():
-    line = describe_settings(AVLConfig(vision_core_ratio=0.3, text_keep_ratio=0.4))
+    line = describe_settings(AVLConfig(core_ratio=0.3, text_keep_ratio=0.4))
     for part in ("policy avl", "stores 0.5", "reads 0.3", "every 3 steps", "0.4 of te"):
         assert part in line
     assert "reads" not in describe_settings(AVLConfig())

@@ -15,7 +15,7 @@ from vllm_avl.demo.server import (
     user_message,
 )
 
-SETTINGS = {"vision_core_ratio": 0.3, "introspection": 8, "show_content": True}
+SETTINGS = {"core_ratio": 0.3, "introspection": 8, "show_content": True}
 OPTIONS = (
     *("--attention-backend", "avl", "--dtype", "float32", "--enforce-eager"),
     *("--max-model-len", "2048", "--max-num-seqs", "4"),

@@ -100,7 +100,7 @@ def picture(**changes: Any) -> schema.Picture:
 def detail(name: str = "chatcmpl-91c0f6", /, **changes: Any) -> schema.Detail:
     """A finished request of a small LLaVA, unless told otherwise."""
     tokens = [f"{WORDS[i % len(WORDS)]} " for i in range(STEPS + 1)]
-    settings = AVLConfig(vision_core_ratio=0.3, introspection=16)
+    settings = AVLConfig(core_ratio=0.3, introspection=16)
     values = {
         "id": name,
         "name": name,
@@ -170,7 +170,7 @@ class Scene:
     fault: tuple[int, str] | None = None
 
     def config(self) -> schema.Config:
-        settings = AVLConfig(vision_core_ratio=0.3, introspection=self.remembers)
+        settings = AVLConfig(core_ratio=0.3, introspection=self.remembers)
         return schema.Config(
             version="0.1.0",
             vllm_version="0.32.0",

@@ -3,11 +3,18 @@
 import pytest
 from pools import NUM_FULL, PROMPT, Pool
 
-STORE = {"vision_store_ratio": 0.5}
+from vllm_avl import plan as plans
+
+STORE = {"store_ratio": 0.5}
 """20 rows, of 4 text and 18 of 36 vision tokens rounded up: 6 of 10 blocks."""
 NUM_STORED = 6
-ALL_STORED = {"vision_store_ratio": 1.0, "vision_core_ratio": 0.2}
-TEXT = {"text_keep_ratio": 0.1, "text_min_tokens": 0}
+ALL_STORED = {"store_ratio": 1.0, "core_ratio": 0.2}
+TEXT = {"text_keep_ratio": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def _short_window(monkeypatch):
+    monkeypatch.setattr(plans, "TEXT_MIN_TOKENS", 0)
 
 
 def test_the_numbers_of_these_tests():

@@ -36,14 +36,14 @@ SPEC = {
         ask(text="No picture at all."),
     ],
     "llm": {
-        "additional_config": {"avl": {"vision_store_ratio": STORE}},
+        "additional_config": {"avl": {"store_ratio": STORE}},
         "enable_prefix_caching": True,
         "max_num_seqs": 8,
         "max_num_batched_tokens": 256,
         "limit_mm_per_prompt": {"image": 3},
     },
 }
-ALL = {"vision_store_ratio": 1, "vision_core_ratio": 1, "text_keep_ratio": 1}
+ALL = {"store_ratio": 1, "core_ratio": 1, "text_keep_ratio": 1}
 # Requests 0 (adapted) and 1 (stock) ask the same about the same pictures.
 ORDERS = [[[0], [1]], [[1], [0]], [[0], [0]], [[1, 0]], [[0, 1], [1, 0]]]
 AS_STOCK = [1, 6, 7]
@@ -71,15 +71,15 @@ ON_FLASH = "vllm_avl.worker.cuda.flash.AVLFlashBackend"
 
 LISTS = {
     "none": {},
-    "one": {"vision_core_ratio": 0.25},
-    "many": {"vision_core_ratio": 0.25, "text_keep_ratio": 0.9},
+    "one": {"core_ratio": 0.25},
+    "many": {"core_ratio": 0.25, "text_keep_ratio": 0.9},
 }
 """Settings of servers whose graphs read no list of core, one a layer, one a KV head."""
 
 
 def spec(lists, attention="auto", **llm):
     """`SPEC` on a server of `LISTS`, over an attention of vLLM's."""
-    settings = {"vision_store_ratio": STORE, "attention": attention}
+    settings = {"store_ratio": STORE, "attention": attention}
     config = {"avl": settings | LISTS[lists]}
     return SPEC | {"llm": SPEC["llm"] | {"additional_config": config} | llm}
 

@@ -3,9 +3,9 @@
     python -m standin.cuda_wheel PYTHON
 
 run in the folder tests, by the Python of `make setup`. PYTHON is the interpreter of an
-environment with vLLM's CUDA wheel and vllm-avl, and numpy below 2.4, since the
-interpreter of Triton 3.6 breaks on later ones. Where that environment needs more in
-PYTHONPATH, a script that adds it and ends in `exec python "$@"` is a PYTHON too.
+environment with vLLM's CUDA wheel, vllm-avl and its benchmarks, and numpy below 2.4:
+Triton 3.6's interpreter breaks on later ones. Where it needs more in PYTHONPATH, a
+script that adds it and ends in `exec python "$@"` is a PYTHON too.
 """
 
 from __future__ import annotations

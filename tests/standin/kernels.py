@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver, jit
+
+from benchmarks.testing.interpreted import interpreted_language
 
 HOPPER = GPUTarget("cuda", 90, 32)
 
@@ -43,6 +47,15 @@ def install(compile_only: bool) -> None:
         clear_new_tensors()
     elif not triton.knobs.runtime.interpret:
         raise RuntimeError("Triton was imported before TRITON_INTERPRET was set")
+    else:
+        atexit.register(enter_language().close)
+
+
+def enter_language() -> ExitStack:
+    """Let the language be the interpreter's for as long as this process lives."""
+    stack = ExitStack()
+    stack.enter_context(interpreted_language())
+    return stack
 
 
 def compile_launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any):

@@ -9,6 +9,9 @@ import torch
 
 from standin import cuda
 
+PROGRAMS = 32
+"""Of a small device: for an interpreter, each program costs the same, idle or not."""
+
 
 def install(compile_only: bool) -> None:
     """Point the GPU worker at the CPU; replace a kernel that is not interpretable."""
@@ -17,6 +20,7 @@ def install(compile_only: bool) -> None:
     gpu_worker.Worker.init_device = init_device
     if not compile_only:
         use_torch_top_k_top_p()
+        use_small_device()
 
 
 def init_device(self: Any) -> None:
@@ -46,3 +50,10 @@ def use_torch_top_k_top_p() -> None:
     from vllm.v1.sample.ops import topk_topp_sampler
 
     topk_topp_sampler.HAS_TRITON = False
+
+
+def use_small_device() -> None:
+    """Let fewer programs share the rows of a request; kernels' own tests have many."""
+    from vllm_avl.worker.cuda import core_lists
+
+    core_lists.PROGRAMS_PER_DEVICE = PROGRAMS

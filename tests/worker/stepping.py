@@ -14,7 +14,7 @@ PROMPT = 600
 NUM_FULL = 18
 START = 8
 """Blocks in front of the stored ones, where half of the vision tokens is stored."""
-CORE = {"vision_core_ratio": 0.2, "core_refresh_interval": 3}
+CORE = {"core_ratio": 0.2, "refresh_interval": 3}
 TEXT = {"text_keep_ratio": 0.5}
 CPU_KERNELS = Kernels(attend_scored=True)
 CUDA_KERNELS = Kernels(choose_core=True, num_lists=1)

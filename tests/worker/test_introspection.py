@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from vllm_avl import plan as plans
 from vllm_avl.config import AVLConfig
 from vllm_avl.plan import Compaction, make_plan
 from vllm_avl.worker.history import CoreHistory
@@ -17,7 +18,7 @@ from vllm_avl.worker.step import WorkerRequests, current_step, executing
 
 def told_of(**settings):
     """3 text, 16 vision, 3 text: 5 blocks of 4, of which 2 go and 1 is secondary."""
-    settings = {"vision_store_ratio": 0.5, "vision_core_ratio": 0.25} | settings
+    settings = {"store_ratio": 0.5, "core_ratio": 0.25} | settings
     return compaction(make_plan(22, ((3, 19),), 4, AVLConfig(**settings)))
 
 
@@ -84,8 +85,9 @@ def test_blocks_are_counted_as_the_plan_does():
     assert report("r", answering(29)).num_blocks_held == 8 - 2
 
 
-def test_evicted_text_is_counted_but_not_told():
-    state = answering(25, text_keep_ratio=0.5, text_min_tokens=0)
+def test_evicted_text_is_counted_but_not_told(monkeypatch):
+    monkeypatch.setattr(plans, "TEXT_MIN_TOKENS", 0)
+    state = answering(25, text_keep_ratio=0.5)
     state.layers[1] = rows_of([20, 1, *SECONDARY, 2, *CORE, 0, 24], start=12)
     told = report("r", state)
     # 6 text tokens behind the image, of which the window holds 3.
@@ -123,7 +125,7 @@ def test_a_report_says_whose_it_is():
 
 
 def test_a_request_without_rows_is_told_by_its_counts():
-    state = state_of(vision_core_ratio=None)
+    state = state_of(core_ratio=None)
     grow(state, 23)
     told = report("r", state)
     assert told.layers == []
@@ -133,12 +135,12 @@ def test_a_request_without_rows_is_told_by_its_counts():
 @pytest.mark.parametrize(
     ("settings", "remembers", "sums"),
     [
-        ({"vision_core_ratio": None}, False, False),
-        ({"vision_core_ratio": None, "policy": "h2o"}, False, False),
-        ({"vision_core_ratio": None, "introspection": 1}, True, False),
+        ({"core_ratio": None}, False, False),
+        ({"core_ratio": None, "policy": "h2o"}, False, False),
+        ({"core_ratio": None, "introspection": 1}, True, False),
         ({}, True, False),
         ({"policy": "h2o"}, True, True),
-        ({"vision_core_ratio": None, "text_keep_ratio": 0.7}, True, True),
+        ({"core_ratio": None, "text_keep_ratio": 0.7}, True, True),
     ],
     ids=["stored-only", "h2o", "introspection", "core", "h2o-core", "text"],
 )

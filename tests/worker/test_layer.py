@@ -23,16 +23,17 @@ from served import (
 )
 
 from benchmarks.testing.interpreted import interpreted
+from vllm_avl import plan as plans
 from vllm_avl.worker.cuda import core_lists
 from vllm_avl.worker.introspection import report
 
 CORE = {
     "observation_window": 4,
-    "vision_store_ratio": 0.5,
-    "vision_core_ratio": 0.2,
-    "core_refresh_interval": 2,
+    "store_ratio": 0.5,
+    "core_ratio": 0.2,
+    "refresh_interval": 2,
 }
-TEXT = {"text_keep_ratio": 0.1, "text_min_tokens": 4}
+TEXT = {"text_keep_ratio": 0.1}
 DEVICES = pytest.mark.parametrize(
     "device", [OnCPU, OnTriton], ids=["cpu", "interpreted"]
 )
@@ -69,10 +70,15 @@ def told(request):
     return layer.core, layer.secondary, layer.evicted, layer.text
 
 
+@pytest.fixture(autouse=True)
+def _short_window(monkeypatch):
+    monkeypatch.setattr(plans, "TEXT_MIN_TOKENS", 4)
+
+
 SETTINGS = {
     "core": {},
     "one-row": {"observation_window": 1},
-    "all-stored": {"vision_store_ratio": 1.0},
+    "all-stored": {"store_ratio": 1.0},
     "max": {"head_reduction": "max"},
     "max-h2o": {"head_reduction": "max", "policy": "h2o"},
     "max-text": {"head_reduction": "max"} | TEXT,
@@ -83,7 +89,7 @@ SETTINGS = {
         "ranks": two_ranks(),
         "head_reduction": "max",
     },
-    "every-step": {"core_refresh_interval": 1} | TEXT,
+    "every-step": {"refresh_interval": 1} | TEXT,
     "h2o": {"policy": "h2o"},
     "h2o-in-graph": {"policy": "h2o", "num_lists": 2},
     "random": {"policy": "random"},
@@ -92,9 +98,8 @@ SETTINGS = {
     "streaming": {"policy": "streaming"},
     "text": TEXT,
     "text-in-graph": TEXT | {"num_lists": 2},
-    "text-all-stored": TEXT | {"vision_store_ratio": 1.0},
-    "text-without-core": TEXT | {"vision_core_ratio": None},
-    "text-decay": TEXT | {"text_decay": 0.5, "text_heavy_ratio": 0.5},
+    "text-all-stored": TEXT | {"store_ratio": 1.0},
+    "text-without-core": TEXT | {"core_ratio": None},
     "h2o-text": TEXT | {"policy": "h2o"},
 }
 STEPS = 1, 1, 1, 30, 1, 1
@@ -144,7 +149,7 @@ def test_a_shared_prompt_is_read_as_private_copies_of_it_are(settings):
 
 @pytest.mark.parametrize("settings", [{}, TEXT], ids=["vision", "text"])
 def test_a_shared_prompt_without_core_is_read_by_what_stays(settings):
-    settings = {"observation_window": 4, "vision_store_ratio": 0.3} | settings
+    settings = {"observation_window": 4, "store_ratio": 0.3} | settings
     for request in serve(OnCPU, *STEPS, shares=True, **settings):
         plan, kept = request.plan, request.rows.stays()
         num_evicted = FULL - plan.num_stored_rows
@@ -228,7 +233,7 @@ def test_core_is_the_first_slots_at_the_prompts_end(device, policy):
 @DEVICES
 @pytest.mark.parametrize("settings", [{}, TEXT, {"policy": "random"}], ids=str)
 def test_without_core_rows_keep_the_order_of_the_prompt(device, settings):
-    settings = {"vision_store_ratio": 0.5, "introspection": 1} | settings
+    settings = {"store_ratio": 0.5, "introspection": 1} | settings
     request = Served(device, **settings)
     request.end_prompt()
     request.check_rows()
@@ -280,7 +285,7 @@ def test_a_refresh_moves_no_row(device, settings):
     assert torch.equal(before.nan_to_num(), request.device.kv_cache.nan_to_num())
 
 
-ALL_STORED = CORE | {"vision_store_ratio": 1.0}
+ALL_STORED = CORE | {"store_ratio": 1.0}
 
 
 def prompt_bits(request):
@@ -357,7 +362,7 @@ def test_rows_in_place_are_those_in_private_blocks(device, targets, settings):
 @pytest.mark.parametrize("policy", ["avl", "h2o"])
 @pytest.mark.parametrize("scores", [True, False], ids=["with-scores", "alone"])
 def test_core_goes_along_where_text_leaves(device, scores, policy):
-    settings = {"policy": policy, "core_refresh_interval": 2 if scores else 1000}
+    settings = {"policy": policy, "refresh_interval": 2 if scores else 1000}
     request = served(device, **CORE | TEXT | settings)
     evicted = request.plan.num_evicted_text_blocks
     leaving = next(n for n in range(PROMPT, PROMPT + 60) if evicted(n) > 1)

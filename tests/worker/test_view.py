@@ -15,6 +15,7 @@ from stepping import (
     plan_of,
 )
 
+from vllm_avl import plan as plans
 from vllm_avl.worker.request import Kernels
 from vllm_avl.worker.view import make_tasks, stored_table, stored_table_on_cpu
 
@@ -165,7 +166,7 @@ REFRESHES = {0: range(1, 8), 1: range(1, 8), 3: (3, 6)}
 
 @pytest.mark.parametrize("interval", REFRESHES)
 def test_refreshes_are_counted_from_the_start_of_decoding(interval):
-    settings = TEXT | {"core_refresh_interval": interval, "vision_core_ratio": 0.2}
+    settings = TEXT | {"refresh_interval": interval, "core_ratio": 0.2}
     worker = Worker()
     # A length that no interval divides.
     worker.give("r", plan_of(601, **settings))
@@ -183,7 +184,7 @@ def test_refreshes_are_counted_from_the_start_of_decoding(interval):
 @pytest.mark.parametrize("interval", [0, 1])
 def test_without_steps_between_refreshes_every_step_reads_all_and_none_scores(interval):
     worker = Worker()
-    worker.give("r", vision_core_ratio=0.2, core_refresh_interval=interval)
+    worker.give("r", core_ratio=0.2, refresh_interval=interval)
     for step in range(1, 8):
         seen = worker.take(("r", PROMPT + step - 1, 1))
         assert seen.step.reads_all.all()
@@ -219,7 +220,7 @@ def test_refreshes_go_by_the_request_and_not_by_the_batch():
 @pytest.mark.parametrize("settings", [{}, CORE], ids=["stored", "core"])
 def test_text_leaves_behind_the_step_and_the_next_one_reads_a_block_less(settings):
     # At 645 tokens a block's worth of text is outside of the window.
-    settings = settings | TEXT | {"core_refresh_interval": 2}
+    settings = settings | TEXT | {"refresh_interval": 2}
     worker = Worker()
     private = worker.give("r", **settings)
     seen = worker.take(("r", 643, 1))
@@ -249,9 +250,15 @@ def test_text_may_leave_in_a_step_that_scores():
     assert (task.num_aged, task.refreshes) == (BLOCK_SIZE, True)
 
 
+@pytest.fixture
+def short_window(monkeypatch):
+    monkeypatch.setattr(plans, "TEXT_MIN_TOKENS", 4)
+
+
+@pytest.mark.usefixtures("short_window")
 def test_text_leaves_private_blocks_first_and_those_of_the_answer_behind_them():
     worker = Worker()
-    plan = plan_of(130, ((5, 100),), text_keep_ratio=0.3, text_min_tokens=4)
+    plan = plan_of(130, ((5, 100),), text_keep_ratio=0.3)
     # 128 full rows, 33 of text, 48 of 95 vision tokens: 3 of 4 blocks.
     private = worker.give("r", plan)
     assert len(private) == 3
@@ -275,9 +282,10 @@ def test_text_leaves_private_blocks_first_and_those_of_the_answer_behind_them():
     assert told.seats.records["num_private"][told.seat] == 0
 
 
+@pytest.mark.usefixtures("short_window")
 def test_a_replay_may_leave_several_blocks_of_text_at_once():
     worker = Worker()
-    plan = plan_of(130, ((5, 100),), text_keep_ratio=0.3, text_min_tokens=4)
+    plan = plan_of(130, ((5, 100),), text_keep_ratio=0.3)
     private = worker.give("r", plan)
     worker.take(("r", 0, 130))
     (task,) = worker.take(("r", 130, 150)).tasks
@@ -394,7 +402,7 @@ def test_requests_of_a_batch_keep_to_their_own_settings():
             "refreshes": CORE,
             "stored": {},
             "ends": CORE,
-            "ordinary": CORE | {"core_refresh_interval": 2},
+            "ordinary": CORE | {"refresh_interval": 2},
         }.items()
     }
     seen = worker.take(

@@ -73,8 +73,8 @@ def new_cache(kind=DeviceCache):
 
 def answer(policy, cache, num_copied=0, lengths=range(PROMPT, PROMPT + 60), **settings):
     """A prompt, refreshes, and further tokens until text leaves."""
-    settings = {"vision_store_ratio": 0.6, "vision_core_ratio": 0.2} | settings
-    config = AVLConfig(policy=policy, core_refresh_interval=2, **settings)
+    settings = {"store_ratio": 0.6, "core_ratio": 0.2} | settings
+    config = AVLConfig(policy=policy, refresh_interval=2, **settings)
     plan = make_plan(PROMPT, VISION, BLOCK_SIZE, config)
     told = Compaction(
         plan, (*range(40, 40 + plan.num_stored_blocks),), False, num_copied
@@ -120,8 +120,8 @@ def test_nothing_waits_for_a_device(policy, text):
     [
         {"head_reduction": "max"},
         {"refresh_all_ranks": True},
-        {"vision_store_ratio": 1.0, "num_copied": 12},
-        {"vision_store_ratio": 1.0, "num_copied": 3},
+        {"store_ratio": 1.0, "num_copied": 12},
+        {"store_ratio": 1.0, "num_copied": 3},
         {"introspection": 2, "lengths": ()},
     ],
     ids=str,

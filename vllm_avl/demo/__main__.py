@@ -97,8 +97,8 @@ def server_options(args: argparse.Namespace) -> list[str]:
     """Return the arguments of `vllm serve`."""
     options = ["--attention-backend", "avl"]
     settings = {
-        "vision_store_ratio": args.store_ratio,
-        "vision_core_ratio": args.core_ratio,
+        "store_ratio": args.store_ratio,
+        "core_ratio": args.core_ratio,
         "introspection": REMEMBERED,
         # The server listens to this machine only.
         "show_content": True,
@@ -187,7 +187,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--store-ratio",
         type=float,
-        default=parse_config({}).vision_store_ratio,
+        default=parse_config({}).store_ratio,
         metavar="RATIO",
         help="vision tokens whose KV cache stays stored, in (0, 1]; "
         "default: %(default)s",
@@ -245,8 +245,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parse_config(
             {
                 "avl": {
-                    "vision_store_ratio": args.store_ratio,
-                    "vision_core_ratio": args.core_ratio,
+                    "store_ratio": args.store_ratio,
+                    "core_ratio": args.core_ratio,
                 }
             }
         )

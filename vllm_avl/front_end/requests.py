@@ -11,13 +11,13 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
 from vllm_avl.compat.platform import is_chosen
-from vllm_avl.front_end import overrides, picture_cache
+from vllm_avl.front_end import picture_cache, request_settings
 from vllm_avl.front_end.records import RECORDS
 from vllm_avl.messages import take_decision
 
 
 def check_request(original: Callable[..., EngineCoreRequest]) -> Callable[..., Any]:
-    """Wrap `process_inputs`: refuse bad overrides, serve n > 1 as stock."""
+    """Wrap `process_inputs`: refuse bad settings, serve n > 1 as stock."""
 
     @functools.wraps(original)
     def process_inputs(
@@ -29,7 +29,7 @@ def check_request(original: Callable[..., EngineCoreRequest]) -> Callable[..., A
             if isinstance(prompt, dict):
                 entered = picture_cache.new_hashes(prompt)
                 refused.callback(picture_cache.forget, self.renderer, entered)
-            overrides.check(self.vllm_config, params.extra_args)
+            request_settings.check(self.vllm_config, params.extra_args)
             if params.n > 1:
                 # The children share their prompt's blocks: none may write to them.
                 params = params.clone()

@@ -21,7 +21,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from vllm_avl.compat.platform import is_chosen
-from vllm_avl.front_end import asks, overrides
+from vllm_avl.front_end import asks, request_settings
 from vllm_avl.front_end.asks import Ask
 
 FIELD = "avl"
@@ -36,7 +36,9 @@ def follow_call(original: Callable[..., Any]) -> Callable[..., Any]:
         if not is_chosen(vllm_config):
             return await original(self, request, raw_request)
         # Before pictures are read: that is cheaper than to forget them.
-        config = overrides.check(vllm_config, getattr(request, "vllm_xargs", None))
+        config = request_settings.check(
+            vllm_config, getattr(request, "vllm_xargs", None)
+        )
         ask = Ask.of(vllm_config, self.renderer, config)
         answer = await _followed(ask, original(self, request, raw_request))
         # A beam search is many requests of one token each.

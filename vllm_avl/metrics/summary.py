@@ -54,12 +54,11 @@ def describe_settings(config: AVLConfig) -> str:
     """Return what a server's settings mean, in a line."""
     parts = [
         f"adaptive attention is on: policy {config.policy}, engage {config.engage}",
-        f"stores {config.vision_store_ratio:g} of vision",
+        f"stores {config.store_ratio:g} of vision",
     ]
-    if config.core_ratio < config.vision_store_ratio and config.core_refresh_interval:
+    if config.read_ratio < config.store_ratio and config.refresh_interval:
         parts.append(
-            f"reads {config.core_ratio:g}, chosen every "
-            f"{config.core_refresh_interval} steps"
+            f"reads {config.read_ratio:g}, chosen every {config.refresh_interval} steps"
         )
     if config.text_keep_ratio < 1:
         parts.append(f"keeps {config.text_keep_ratio:g} of text")

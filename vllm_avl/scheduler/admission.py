@@ -8,7 +8,7 @@ from itertools import chain
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.request import Request
 
-from vllm_avl.config import AVLConfig, parse_overrides
+from vllm_avl.config import AVLConfig, settings_of_request
 from vllm_avl.metrics.definitions import Stock
 from vllm_avl.plan import Plan, make_plan
 from vllm_avl.policies import POLICIES
@@ -44,14 +44,13 @@ def plan_request(
         return Stock.ONE_TOKEN
     if request.resumable:
         return Stock.STREAMING_INPUT
-    overrides = parse_overrides(params.extra_args)
-    if not overrides.avl:
+    settings = settings_of_request(params.extra_args, config)
+    if settings is None:
         return Stock.OFF
     ranges = vision_ranges(request)
     if not ranges:
         return Stock.NO_VISION
-    config = overrides.apply(config)
-    if not POLICIES[config.policy].adapts:
+    if not POLICIES[settings.policy].adapts:
         return Stock.POLICY_FULL
     # Of any modality: the last chunk waits for one encoder output only.
     places = [feature.mm_position for feature in request.mm_features]
@@ -68,7 +67,7 @@ def plan_request(
         request.num_prompt_tokens,
         ranges,
         block_size,
-        config,
+        settings,
         last_encoded,
         request.num_prompt_tokens + request.max_tokens,
     )

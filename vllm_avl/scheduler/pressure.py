@@ -7,6 +7,11 @@ from dataclasses import dataclass
 
 from vllm_avl.config import AVLConfig
 
+ENGAGE_AT = 0.8
+"""Part of the pool that requests want, from which on they are adapted."""
+RELEASE_BELOW = 0.6
+"""Part of the pool below which they no longer are."""
+
 
 @dataclass
 class Pressure:
@@ -32,9 +37,7 @@ class Pressure:
         """
         if self.config.engage == "always":
             return True
-        limit = self.config.release_pool_use
-        if not self.engaged:
-            limit = self.config.engage_pool_use
+        limit = RELEASE_BELOW if self.engaged else ENGAGE_AT
         demand = held
         for blocks in wanted:
             demand += blocks

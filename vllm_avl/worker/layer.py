@@ -184,7 +184,7 @@ class Layer:
             num_keys = task.num_tokens - rows.start
             attention = self.cache.score(row, task.stored, num_keys)[:, :num_slots]
         if rows.sums is not None:
-            rows.add(self._by_kv_head(attention), plan.config.text_decay)
+            rows.add(self._by_kv_head(attention))
         if state.refreshes_core:
             before = rows.mask()
             mask = self._choose_core(task, rows, attention)

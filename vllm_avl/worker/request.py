@@ -60,7 +60,7 @@ class RequestState:
         records["num_prompt"][self.seat] = plan.num_prompt_tokens
         records["first_block"][self.seat] = plan.first_stored_block
         if plan.has_core or plan.text_window is not None:
-            interval = max(plan.config.core_refresh_interval, 1)
+            interval = max(plan.config.refresh_interval, 1)
             records["interval"][self.seat] = interval
         records["is_scored"][self.seat] = self.keeps_sums or self.refreshes_core
         records["has_core"][self.seat] = plan.has_core

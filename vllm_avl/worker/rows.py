@@ -73,15 +73,10 @@ class LayerRows:
             unscored = self.sums.new_full((len(self.sums), new.shape[1]), torch.nan)
             self.sums = torch.cat([self.sums, unscored], 1)
 
-    def add(self, attention: torch.Tensor, decay: float) -> None:
-        """Add one scoring to the sums, which have faded by `decay` since the last.
-
-        Args:
-            attention: [num_kv_heads, num_slots].
-            decay: what the sums keep.
-        """
+    def add(self, attention: torch.Tensor) -> None:
+        """Add one scoring, [num_kv_heads, num_slots], to the sums."""
         assert self.sums is not None
-        self.sums = self.sums.nan_to_num(0.0) * decay + attention
+        self.sums = self.sums.nan_to_num(0.0) + attention
 
     def split_heads(self, num_kv_heads: int) -> None:
         """Let every KV head have rows of its own from now on."""

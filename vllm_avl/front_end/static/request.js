@@ -21,9 +21,9 @@ const LETTERS = { [CORE]: "C", [SECONDARY]: "s", [KEPT]: "+", [GONE]: "·" };
 const NAMES = { [CORE]: "core", [SECONDARY]: "secondary", [KEPT]: "always read", [GONE]: "evicted" };
 const PLAY_MS = 160;
 const SETTINGS = {
-  vision_store_ratio: "stored",
-  vision_core_ratio: "core",
-  core_refresh_interval: "refresh interval",
+  store_ratio: "stored",
+  core_ratio: "core",
+  refresh_interval: "refresh interval",
   text_keep_ratio: "text kept",
 };
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 
-from vllm_avl.config import AVLConfig, parse_config, parse_overrides
+from vllm_avl.config import AVLConfig, parse_config, settings_of_request
 from vllm_avl.support import check_drafted_request
 
 
@@ -18,12 +20,17 @@ def check(vllm_config: VllmConfig, xargs: Mapping[str, Any] | None) -> AVLConfig
     Raises:
         VLLMValidationError: names the field, the value and what is allowed.
     """
-    config = parse_config(vllm_config.additional_config)
+    config = _parsed(json.dumps(vllm_config.additional_config.get("avl", {})))
     try:
-        overrides = parse_overrides(xargs)
-        settings = overrides.apply(config)
-        if overrides.avl and vllm_config.speculative_config is not None:
+        settings = settings_of_request(xargs, config)
+        if settings is not None and vllm_config.speculative_config is not None:
             check_drafted_request(settings)
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
     return config
+
+
+@lru_cache
+def _parsed(settings: str) -> AVLConfig:
+    """Read a server's settings once, not for every request."""
+    return parse_config({"avl": json.loads(settings)})
