@@ -19,7 +19,7 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from benchmarks import arguments, checkpoints
-from benchmarks.engines import Engine, Request, Run, requests, store
+from benchmarks.engines import Engine, Request, Run, check_identity, requests, store
 from benchmarks.plots import draw_concurrency
 from benchmarks.report import append_rows, machine, print_heading, print_table, spread
 from benchmarks.testing.models import ModelSize
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for is_avl in (False, True)
     )
-    check_identity(stock, avl, workload)
+    check_identity(stock, avl, workload[:3], 16)
     runs = measure(stock, avl, workload, args)
     settings = {
         "model": model.describe(),
@@ -114,14 +114,6 @@ def make_workload(args: argparse.Namespace) -> list[Request]:
         )
         for index, request in enumerate(workload)
     ]
-
-
-def check_identity(stock: Engine, avl: Engine, workload: Sequence[Request]) -> None:
-    """Refuse to time anything unless S = 1 gives stock's tokens."""
-    sample = [replace(request, output_tokens=16) for request in workload[:3]]
-    expected = list(stock.run(sample).outputs.values())
-    if list(avl.run(sample, store(1.0)).outputs.values()) != expected:
-        raise SystemExit("S = 1 and stock give different tokens: nothing was timed")
 
 
 def measure(

@@ -13,7 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks import arguments, checkpoints
 from benchmarks.decode_watch import Steps, median, watched
-from benchmarks.engines import Engine, Request, requests
+from benchmarks.engines import Engine, Request, check_identity, requests
 from benchmarks.plots import draw_decode
 from benchmarks.report import append_rows, machine, print_heading, print_table, spread
 from benchmarks.testing.models import ModelSize
@@ -146,7 +146,7 @@ def measure(
         )
         for settings in (None, {})
     )
-    check_identity(stock, avl, workload)
+    check_identity(stock, avl, workload, xargs=SAME.xargs)
     variants: dict[str, Variant | None] = {STOCK: None}
     variants |= {variant.name: variant for variant in VARIANTS}
     measured: dict[str, list[Steps]] = {name: [] for name in variants}
@@ -162,14 +162,6 @@ def measure(
     for engine in (stock, avl):
         engine.close()
     return measured
-
-
-def check_identity(stock: Engine, avl: Engine, workload: Sequence[Request]) -> None:
-    """Refuse to time anything unless S = C = T = 1 gives stock's tokens."""
-    sample = [replace(request, output_tokens=8) for request in workload]
-    expected = list(stock.run(sample).outputs.values())
-    if list(avl.run(sample, SAME.xargs).outputs.values()) != expected:
-        raise SystemExit("S = C = 1 and stock give different tokens: nothing was timed")
 
 
 def run(

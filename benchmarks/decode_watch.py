@@ -85,7 +85,7 @@ def watched() -> Iterator[Steps]:
     def performed(layer: Any, task: Any, *step: Any) -> None:
         start = time.perf_counter()
         perform(layer, task, *step)
-        if task.scores:
+        if task.refreshes:
             steps.choosing.append(time.perf_counter() - start)
 
     stock, avl = cpu_attn.CPUAttentionBackendImpl, cpu.AVLImpl
@@ -119,7 +119,7 @@ def count(steps: Steps) -> None:
         return
     rows = step.rows(None)
     ours = rows.is_attended
-    steps.num_scoring[-1] = int(rows.scores.sum())
+    steps.num_scoring[-1] = int(rows.refreshes.sum())
     num_stored = (
         step.num_tokens[rows.index] - rows.first_block * step.requests.block_size
     )

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -330,6 +330,33 @@ class Engine:
         request_id = str(self._count)
         self._engine.add_request(request_id, prompt, params)
         return request_id
+
+
+def check_identity(
+    stock: Engine,
+    avl: Engine,
+    workload: Sequence[Request],
+    output_tokens: int = 8,
+    xargs: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse to time anything unless ratios of 1 give stock's tokens.
+
+    Args:
+        stock: which is timed, too.
+        avl: which is timed.
+        workload: served by both.
+        output_tokens: of each request.
+        xargs: all ratios that the benchmark sets; default: the store ratio alone.
+
+    Raises:
+        SystemExit: they do not.
+    """
+    sample = [replace(request, output_tokens=output_tokens) for request in workload]
+    expected = list(stock.run(sample).outputs.values())
+    if list(avl.run(sample, xargs or store(1.0)).outputs.values()) != expected:
+        raise SystemExit(
+            "ratios of 1 and stock give different tokens: nothing was timed"
+        )
 
 
 def run_together(

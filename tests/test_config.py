@@ -112,7 +112,7 @@ def test_what_is_set_beside_a_preset_wins():
     assert parse_config({"avl": {"preset": "lean"}}) == AVLConfig(
         preset="lean", **PRESETS["lean"]
     )
-    # The README says so.
+    # docs/settings.md says so.
     assert (
         AVLConfig(preset="balanced").model_copy(update={"preset": None}) == AVLConfig()
     )

@@ -47,7 +47,7 @@ def test_the_demo_ends_with_the_page_of_its_request(shown):
     assert "Which patches were kept: http://" in output
     assert detail["num_blocks_freed"] == 13
     assert detail["pictures"][0]["url"].startswith("data:image/png")
-    assert detail["layers"][0]["secondary"][0]
+    assert detail["layers"][0]["evicted"][0]
 
 
 def test_the_picture_of_the_test_split_is_described_rightly(shown):

@@ -1,4 +1,4 @@
-"""Draws docs/images/page-*.png: the page over a real server of the small LLaVA.
+"""Draws docs/images/page-*.png: the page over a server of the bundled model.
 
 cd tests && python -m page.screens ../docs/images
 """
@@ -11,15 +11,20 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.testing import models
 from page import real
 from page.browser import Page, chromium
+from vllm_avl.bundled import WEIGHTS
+from vllm_avl.bundled.samples import DESCRIBE, make_sample
+from vllm_avl.demo.server import Server, picture_url, user_message
 
 SCREENS = {
     "page-light.png": ((1280, 1500, 1.0), "light"),
     "page-dark-phone.png": ((360, 780, 2.0), "dark"),
 }
 COLOURS = 256
+NAME = "bundled"
+SEEDS = 1, 5, 2
+"""Of held-out captions; the page shows the last one."""
 
 
 def screen(tab: Page, address: str, size: tuple[int, int, float], scheme: str) -> bytes:
@@ -38,6 +43,18 @@ def screen(tab: Page, address: str, size: tuple[int, int, float], scheme: str) -
     return file.getvalue()
 
 
+def describe(server: Server, seed: int) -> str:
+    """Ask for a caption of a held-out picture; return the request's id."""
+    (picture,) = make_sample("caption", "test", seed).images()
+    answer = server.client().chat.completions.create(
+        model=NAME,
+        messages=[user_message(DESCRIBE, [picture_url(picture)])],
+        max_tokens=120,
+        temperature=0,
+    )
+    return answer.id
+
+
 def main() -> None:
     """Serve, ask, and take the screens."""
     parser = argparse.ArgumentParser(prog="page.screens", description=__doc__)
@@ -45,15 +62,14 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    # From its folder, so that the page shows the model's name and no path.
     with tempfile.TemporaryDirectory() as scratch, chdir(scratch):
-        model = models.build("llava", Path("demo-llava"))
+        named = ("--served-model-name", NAME)
         with (
-            real.serving(model, Path("log")) as server,
+            real.serving(WEIGHTS, Path("log"), *named) as server,
             chromium(Path(scratch) / "profile") as open_tab,
         ):
-            for seed in (1, 2, 5):
-                name, _ = real.ask(server, seed, max_tokens=120)
+            for seed in SEEDS:
+                name = describe(server, seed)
             address = f"{server.url}/avl/#{name}"
             for file, (size, scheme) in SCREENS.items():
                 content = screen(open_tab(), address, size, scheme)

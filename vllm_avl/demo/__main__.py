@@ -196,7 +196,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--core-ratio",
         type=float,
         metavar="RATIO",
-        help="vision tokens that ordinary steps read; default: half of those stored",
+        help="vision tokens that ordinary steps read; default: all that are stored",
     )
     add(
         "--wait",
@@ -224,8 +224,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="seconds to start; default: %(default)s",
     )
     args = parser.parse_args(argv)
-    if args.core_ratio is None:
-        args.core_ratio = args.store_ratio / 2
     check(parser, args)
     if args.serve and args.port is None:
         args.port = SERVE_PORT
