@@ -157,16 +157,16 @@ def test_nothing_appended_changes_nothing():
     assert rows.positions is positions
 
 
-def test_sums_fade_before_the_next_scoring_is_added():
+def test_scorings_add_up():
     rows = LayerRows(0, torch.tensor([[0, 1]]), sums=torch.tensor([[1.0, 4.0]]))
-    rows.add(torch.tensor([[0.5, 0.25]]), 0.5)
-    assert rows.sums.tolist() == [[1.0, 2.25]]
+    rows.add(torch.tensor([[0.5, 0.25]]))
+    assert rows.sums.tolist() == [[1.5, 4.25]]
 
 
 def test_the_first_scoring_of_an_appended_row_is_its_sum():
     rows = LayerRows(0, torch.tensor([[0]]), sums=torch.tensor([[1.0]]))
     rows.extend(2)
-    rows.add(torch.tensor([[0.5, 0.25]]), 1.0)
+    rows.add(torch.tensor([[0.5, 0.25]]))
     assert rows.sums.tolist() == [[1.5, 0.25]]
 
 
