@@ -17,6 +17,7 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from vllm_avl.compat.platform import is_chosen
 from vllm_avl.config import AVLConfig, parse_config
+from vllm_avl.front_end.pieces import pieces
 from vllm_avl.front_end.routes import ProblemError, attach
 from vllm_avl.metrics.collectors import totals
 
@@ -93,9 +94,8 @@ class Engine:
             ) from None
 
     def decode(self, token_ids: Sequence[int]) -> list[str]:
-        """Return each token's text."""
-        tokenizer = self._client.renderer.tokenizer
-        return [tokenizer.decode([token]) for token in token_ids]
+        """Return each token's part of the text."""
+        return pieces(self._client.renderer.tokenizer.decode, token_ids)
 
     def external_id(self, request_id: str) -> str:
         """Return the id that an answer carries, of an engine's own."""
