@@ -24,11 +24,11 @@ from benchmarks.testing.engine import Engine
 
 TESTS = Path(__file__).parent
 LONGEST = (
-    *("engine/test_families.py", "standin/test_standin.py", "engine/test_drafts.py"),
-    *("engine/test_integrity.py", "standin/test_graphs.py", "engine/test_oracle.py"),
-    *("engine/test_requests.py", "bundled/test_weights.py", "worker/test_layer.py"),
-    *("e2e/test_endpoints.py", "bench/test_soak_quick.py"),
-    *("bundled/test_small.py", "bench/test_quick.py"),
+    *("engine/test_families.py", "standin/test_graphs.py", "standin/test_eager.py"),
+    *("standin/test_standin.py", "engine/test_requests.py", "engine/test_oracle.py"),
+    *("engine/test_integrity.py", "engine/test_drafts.py", "worker/test_layer.py"),
+    *("bundled/test_weights.py", "bench/test_soak_quick.py", "bench/test_quick.py"),
+    *("bundled/test_small.py", "e2e/test_demo.py", "e2e/test_endpoints.py"),
 )
 
 
