@@ -19,7 +19,15 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from benchmarks import arguments, checkpoints
-from benchmarks.engines import Engine, Request, Run, check_identity, requests, store
+from benchmarks.engines import (
+    Engine,
+    Request,
+    Run,
+    check_identity,
+    requests,
+    shortened,
+    store,
+)
 from benchmarks.plots import draw_concurrency
 from benchmarks.report import append_rows, machine, print_heading, print_table, spread
 from benchmarks.testing.models import ModelSize
@@ -58,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for is_avl in (False, True)
     )
-    check_identity(stock, avl, workload[:3], 16)
+    check_identity(stock, avl, shortened(workload[:3], 16))
     runs = measure(stock, avl, workload, args)
     settings = {
         "model": model.describe(),

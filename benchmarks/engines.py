@@ -332,31 +332,18 @@ class Engine:
         return request_id
 
 
+def shortened(workload: Sequence[Request], output_tokens: int) -> list[Request]:
+    """Return the requests with shorter answers."""
+    return [replace(request, output_tokens=output_tokens) for request in workload]
+
+
 def check_identity(
-    stock: Engine,
-    avl: Engine,
-    workload: Sequence[Request],
-    output_tokens: int = 8,
-    xargs: Mapping[str, Any] | None = None,
+    stock: Engine, avl: Engine, sample: Sequence[Request], xargs: Any = None
 ) -> None:
-    """Refuse to time anything unless ratios of 1 give stock's tokens.
-
-    Args:
-        stock: which is timed, too.
-        avl: which is timed.
-        workload: served by both.
-        output_tokens: of each request.
-        xargs: all ratios that the benchmark sets; default: the store ratio alone.
-
-    Raises:
-        SystemExit: they do not.
-    """
-    sample = [replace(request, output_tokens=output_tokens) for request in workload]
+    """Refuse to time anything unless ratios of 1 (S alone by default) are stock's."""
     expected = list(stock.run(sample).outputs.values())
     if list(avl.run(sample, xargs or store(1.0)).outputs.values()) != expected:
-        raise SystemExit(
-            "ratios of 1 and stock give different tokens: nothing was timed"
-        )
+        raise SystemExit("ratios of 1 give other tokens than stock: nothing was timed")
 
 
 def run_together(

@@ -7,7 +7,7 @@ import torch
 from oracle import Settings
 
 from benchmarks.testing.engine import Ask, picture
-from vllm_avl.plan import TEXT_HEAVY_RATIO, TEXT_MIN_TOKENS
+from vllm_avl import plan as plans
 
 NUM_STEPS = 64
 BUDGET = 2e-4
@@ -86,8 +86,8 @@ def compare(engine, oracle, one, answer, replayed=1):
         policy=config.policy,
         interval=config.refresh_interval,
         text_keep=config.text_keep_ratio,
-        text_heavy=TEXT_HEAVY_RATIO,
-        text_min=TEXT_MIN_TOKENS,
+        text_heavy=plans.TEXT_HEAVY_RATIO,
+        text_min=plans.TEXT_MIN_TOKENS,
         reduction=config.head_reduction,
         window=plan.num_scoring_rows,
         block_size=plan.block_size,

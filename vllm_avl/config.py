@@ -42,9 +42,13 @@ def _no_switch(value: object) -> object:
     return value
 
 
+def _is_switch(value: object) -> bool:
+    """Whether it is 0, 1, true or false: pydantic also takes "yes" and "off"."""
+    return isinstance(value, int) and value in (0, 1)
+
+
 def _only_switch(value: object) -> object:
-    """Refuse all but 0 and 1, true and false: pydantic also takes "yes" and "off"."""
-    if not isinstance(value, int) or value not in (0, 1):
+    if not _is_switch(value):
         raise ValueError("not a switch")
     return value
 
@@ -234,7 +238,7 @@ def settings_of_request(
     if not ours:
         return config
     switch = ours.pop(SWITCH, True)
-    if not isinstance(switch, int) or switch not in (0, 1):
+    if not _is_switch(switch):
         raise ValueError(f"{REQUEST_PREFIX}{SWITCH} = {switch!r}: must be 0 or 1")
     given = {name.removeprefix(ARGUMENT): value for name, value in ours.items()}
     names = dict(zip(given, (f"{REQUEST_PREFIX}{name}" for name in ours), strict=True))

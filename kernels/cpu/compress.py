@@ -13,15 +13,10 @@ from vllm_avl.kernels.cpu.vectors import offset, pointer_at
 
 _BYTE, _LONG = ir.IntType(8), ir.IntType(64)
 
-
 PIECE = 16
 """Bytes that `copy_piece` copies: every row has a whole number of them."""
-
-
 WINDOW = 32
 """Slots that `compress` looks at: every block has a whole number of them."""
-
-
 COMPRESSED = (
     {types.uint8: 32, types.uint16: 32, types.uint32: 16}
     if llvm.get_host_cpu_features().get("avx512vbmi2")

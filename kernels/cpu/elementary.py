@@ -22,20 +22,10 @@ def _polynomial(builder: Any, x: Any, coefficients: list[float]) -> Any:
 
 
 _ROUND = 1.5 * 2**23  # added to a number below 2^22, leaves its integer in the low bits
-
-
 _LOG2_E = 1.44269504088896341
-
-
 _LN_2 = 0.693359375, -2.12194440e-4  # the first has few bits: products are exact
-
-
 _EXP = [1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3]
-
-
 _EXP += [4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1]
-
-
 _LOWEST, _HIGHEST = -87.3, 88.0
 
 
@@ -61,8 +51,6 @@ def exponential_of(builder: Any, x: Any) -> Any:
 
 
 _TANH = [-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2]
-
-
 _TANH += [1.33314422036e-1, -3.33332819422e-1]
 
 

@@ -23,9 +23,7 @@ from vllm_avl.kernels.cpu.amx import (
     lay_rows,
     weigh_matrices,
 )
-from vllm_avl.kernels.cpu.packed import (
-    weigh_packed,
-)
+from vllm_avl.kernels.cpu.packed import weigh_packed
 from vllm_avl.kernels.cpu.pairs import (
     LINE,
     is_paired,

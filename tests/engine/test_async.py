@@ -12,6 +12,7 @@ from hand_driven import BLOCK_SIZE, make_scheduler, request, settle
 from vllm.v1.request import RequestStatus
 
 from benchmarks.testing.engine import check_integrity
+from vllm_avl import plan as plans
 from vllm_avl.messages import received_compactions
 from vllm_avl.scheduler.scheduler import AVLAsyncScheduler
 from vllm_avl.worker.step import WorkerRequests
@@ -30,7 +31,8 @@ SETTINGS = {
 
 
 @pytest.fixture(params=SETTINGS)
-def scheduler(request, engines):
+def scheduler(request, engines, monkeypatch):
+    monkeypatch.setattr(plans, "TEXT_MIN_TOKENS", 8)
     return make_scheduler(
         AVLAsyncScheduler,
         engines().core,

@@ -8,6 +8,8 @@ import pytest
 from following import ask, compare, watch
 from oracle import Oracle
 
+from vllm_avl import plan as plans
+
 
 def grid(**server):
     """Requests of one batch; they differ in S, C, K, T, policy and pictures."""
@@ -50,6 +52,8 @@ BATCHES = {
         ],
     ),
 }
+WINDOWS = {"avl-text-half-without-vision": {"HEAVY_RATIO": 0.4, "MIN_TOKENS": 5}}
+"""Of aged text, where other than the method's."""
 CASES = [
     *[pytest.param("llava", name, id=f"llava-{name}") for name in BATCHES],
     *[
@@ -72,8 +76,10 @@ def oracles(checkpoints):
 
 
 @pytest.mark.parametrize(("architecture", "batch"), CASES)
-def test_stored_core_and_logits(engines, oracles, architecture, batch):
+def test_stored_core_and_logits(engines, oracles, architecture, batch, monkeypatch):
     settings, asks = BATCHES[batch]
+    for name, value in WINDOWS.get(batch, {}).items():
+        monkeypatch.setattr(plans, f"TEXT_{name}", value)
     engine = engines(
         architecture,
         avl=settings | {"introspection": 16},

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.testing.engine import Ask
+from vllm_avl import plan as plans
 
 S = {"store_ratio": 0.3}
 ASKS = [
@@ -31,7 +32,10 @@ MODES = {
 
 @pytest.fixture(scope="module", params=MODES)
 def engine(request, engines):
-    return engines(**({"avl": S} | MODES[request.param]))
+    with pytest.MonkeyPatch.context() as patched:
+        if request.param == "core-text":
+            patched.setattr(plans, "TEXT_MIN_TOKENS", 8)
+        yield engines(**({"avl": S} | MODES[request.param]))
 
 
 @pytest.fixture(scope="module")

@@ -36,3 +36,18 @@ def test_an_answer_may_end_within_a_character():
     ids = tokenizer.encode("🌟", add_special_tokens=False)
     assert pieces(tokenizer.decode, ids[:-1])[-1] != ""
     assert pieces(tokenizer.decode, []) == []
+
+
+def test_what_is_no_text_costs_no_more_than_text():
+    """A model may answer with bytes of which no character comes."""
+    tokenizer, _ = SAID["bytes"]
+    byte = tokenizer.encode("🌟", add_special_tokens=False)[1]
+    assert tokenizer.decode([byte]) == "\ufffd"
+    lengths = []
+
+    def decode(ids):
+        lengths.append(len(ids))
+        return tokenizer.decode(ids)
+
+    assert "".join(pieces(decode, [byte] * 300)) == "\ufffd" * 300
+    assert max(lengths) <= 32

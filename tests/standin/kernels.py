@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,6 +17,8 @@ from benchmarks.testing.interpreted import interpreted_language
 
 HOPPER = GPUTarget("cuda", 90, 32)
 
+language = ExitStack()
+"""The interpreter's, for as long as this process lives."""
 compiled: dict[str, set[str]] = defaultdict(set)
 """Hashes of the variants compiled, by kernel."""
 failed: dict[str, str] = {}
@@ -48,14 +49,7 @@ def install(compile_only: bool) -> None:
     elif not triton.knobs.runtime.interpret:
         raise RuntimeError("Triton was imported before TRITON_INTERPRET was set")
     else:
-        atexit.register(enter_language().close)
-
-
-def enter_language() -> ExitStack:
-    """Let the language be the interpreter's for as long as this process lives."""
-    stack = ExitStack()
-    stack.enter_context(interpreted_language())
-    return stack
+        language.enter_context(interpreted_language())
 
 
 def compile_launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any):

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 INCOMPLETE = "\ufffd"
 """What stands for the bytes of a character that has not ended."""
+LONGEST = 16
+"""Tokens that a character is waited for; no text has one as long."""
 
 
 def pieces(decode: Callable[[list[int]], str], token_ids: Sequence[int]) -> list[str]:
@@ -23,7 +25,7 @@ def pieces(decode: Callable[[list[int]], str], token_ids: Sequence[int]) -> list
     begin = read = 0
     for end in range(1, len(ids) + 1):
         before, now = decode(ids[begin:read]), decode(ids[begin:end])
-        if now.endswith(INCOMPLETE) and end < len(ids):
+        if now.endswith(INCOMPLETE) and end < min(len(ids), read + LONGEST):
             found.append("")
             continue
         found.append(now[len(before) :])
