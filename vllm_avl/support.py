@@ -32,9 +32,6 @@ class Refusal:
     sentence: str
 
 
-CONNECTORS = ("ExampleConnector",)
-"""KV connectors that load and save within a step, and were run beside us."""
-
 REFUSALS = (
     Refusal(
         lambda c: c.model_config.use_mla,
@@ -45,14 +42,6 @@ REFUSALS = (
         lambda c: c.model_config.is_encoder_decoder,
         "does not support encoder-decoder models (cross attention); choose another "
         "model",
-    ),
-    Refusal(
-        # vLLM's CPU build has no such mask: it computes pictures causally.
-        lambda c: (
-            c.model_config.is_mm_prefix_lm and c.device_config.device_type != "cpu"
-        ),
-        "does not support models with bidirectional attention over images (prefix-LM "
-        "masks); choose another model",
     ),
     Refusal(
         lambda c: c.parallel_config.pipeline_parallel_size > 1,
@@ -73,27 +62,6 @@ REFUSALS = (
         "does not support micro-batching; drop --enable-dbo and --ubatch-size",
     ),
     Refusal(
-        # vLLM's stores a block a step late, and waits at the request's end only.
-        lambda c: c.cache_config.kv_offloading_size,
-        "does not support KV offloading, which may read blocks that were given back; "
-        "drop --kv-offloading-size",
-    ),
-    Refusal(
-        lambda c: (
-            c.kv_transfer_config is not None
-            and (
-                c.kv_transfer_config.kv_connector not in CONNECTORS
-                or c.kv_transfer_config.kv_connector_module_path is not None
-            )
-        ),
-        "supports no KV connector but ExampleConnector yet; drop --kv-transfer-config",
-    ),
-    Refusal(
-        lambda c: c.kv_transfer_config is not None and c.speculative_config is not None,
-        "does not support KV connectors and speculative decoding together; drop "
-        "--kv-transfer-config or --speculative-config",
-    ),
-    Refusal(
         lambda c: (
             c.cache_config.cache_dtype in FP8_CACHES
             and c.cache_config.kv_cache_dtype_skip_layers
@@ -108,10 +76,17 @@ REFUSALS = (
 )
 
 
+OFFLOADING = "SimpleCPUOffloadConnector"
+CONNECTORS = ("ExampleConnector", OFFLOADING)
+"""KV connectors that were run beside us.
+
+vLLM's OffloadingConnector stores a block a step late, and waits at a request's end
+only: it may read blocks that were given back.
+"""
 CACHELESS_DRAFTERS = ("ngram", "ngram_gpu", "suffix", "medusa", "custom_class")
 """Methods of speculative decoding that draft without a KV cache of their own."""
 ADAPTED_DRAFTERS = ("eagle", "eagle3")
-"""Methods whose own layers are adapted like the model's, on a CPU."""
+"""Methods whose own layers are adapted like the model's."""
 
 
 def refuse_platform(name: str) -> NoReturn:
@@ -158,8 +133,17 @@ def warn_of_quality(model_type: str, cache_dtype: str) -> None:
         )
 
 
-def check_config(vllm_config: Any, avl_config: AVLConfig) -> None:
-    """Refuse settings that cannot be combined with adaptive attention."""
+def check_config(
+    vllm_config: Any, avl_config: AVLConfig, offloading: str | None = None
+) -> None:
+    """Refuse settings that cannot be combined with adaptive attention.
+
+    Args:
+        vllm_config: vLLM's.
+        avl_config: ours.
+        offloading: the KV connector that vLLM takes for `--kv-offloading-size`; None
+            where that is not given.
+    """
     for refusal in REFUSALS:
         if refusal.applies(vllm_config):
             raise UnsupportedError(f"{BACKEND} {refusal.sentence}, {WAY_OUT}")
@@ -167,12 +151,38 @@ def check_config(vllm_config: Any, avl_config: AVLConfig) -> None:
     _check_cache(vllm_config.cache_config.cache_dtype, device_type)
     if vllm_config.speculative_config is not None:
         _check_drafts(vllm_config.speculative_config, device_type, avl_config)
+    _check_connector(vllm_config, offloading)
     _check_chunks(vllm_config.scheduler_config, avl_config)
 
 
+def _check_connector(vllm_config: Any, offloading: str | None) -> None:
+    transfer = vllm_config.kv_transfer_config
+    if offloading not in (None, OFFLOADING):
+        raise UnsupportedError(
+            f"{BACKEND} does not support KV offloading by {offloading}, which may read "
+            "blocks that were given back; set VLLM_USE_SIMPLE_KV_OFFLOAD=1 and "
+            "--kv-offloading-backend native, or drop --kv-offloading-size, "
+            f"{WAY_OUT}"
+        )
+    if offloading is None:
+        if transfer is None:
+            return
+        name, path = transfer.kv_connector, transfer.kv_connector_module_path
+        if name not in CONNECTORS or path is not None:
+            raise UnsupportedError(
+                f"{BACKEND} supports the KV connectors {' and '.join(CONNECTORS)} "
+                f"alone, not {path or name}; drop --kv-transfer-config, {WAY_OUT}"
+            )
+    if vllm_config.speculative_config is not None:
+        raise UnsupportedError(
+            f"{BACKEND} does not support KV connectors and speculative decoding "
+            "together; drop --kv-transfer-config and --kv-offloading-size, or "
+            f"--speculative-config, {WAY_OUT}"
+        )
+
+
 def _check_cache(dtype: str, device_type: str) -> None:
-    # On CUDA nothing has shown yet that fp8 is read and moved rightly.
-    caches = PLAIN_CACHES + (FP8_CACHES if device_type == "cpu" else ())
+    caches = PLAIN_CACHES + FP8_CACHES
     if dtype not in caches:
         raise UnsupportedError(
             f"{BACKEND} does not support a KV cache of {dtype} on {device_type} "
@@ -182,8 +192,7 @@ def _check_cache(dtype: str, device_type: str) -> None:
 
 
 def _check_drafts(drafts: Any, device_type: str, avl_config: AVLConfig) -> None:
-    # On CUDA a drafter's own layers would read, in our cache group, what is freed.
-    methods = CACHELESS_DRAFTERS + (ADAPTED_DRAFTERS if device_type == "cpu" else ())
+    methods = CACHELESS_DRAFTERS + ADAPTED_DRAFTERS
     if drafts.method not in methods:
         raise UnsupportedError(
             f"{BACKEND} does not support speculative decoding by {drafts.method!r} on "

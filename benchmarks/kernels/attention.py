@@ -32,7 +32,7 @@ from benchmarks.kernels.over_batch import draw_over_batch
 from benchmarks.kernels.paged import SHAPES, TINY, Heads, Pool, Reads
 from benchmarks.kernels.timing import num_copies
 from benchmarks.kernels.ways import CHECKED_REQUESTS, Check, Way, Workload, on_copies
-from vllm_avl.worker.cuda.core_lists import num_splits
+from vllm_avl.worker.cuda.listed_rows import num_splits
 
 
 @dataclass(frozen=True)

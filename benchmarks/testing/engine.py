@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,9 +121,9 @@ class Engine:
         """Stop the engine."""
         self.llm.llm_engine.engine_core.shutdown()
 
-    def check_integrity(self) -> None:
+    def check_integrity(self, beside: Iterable[int] = ()) -> None:
         """Assert that every block is free or held, and referenced as often as held."""
-        check_integrity(self.scheduler)
+        check_integrity(self.scheduler, beside)
 
     def poison_free_blocks(self) -> None:
         """Spoil the content of every block that nobody may read.
@@ -144,11 +144,15 @@ class Engine:
                 part[index] = POISON if part.is_floating_point() else POISON_BYTE
 
 
-def check_integrity(scheduler: Scheduler) -> None:
+def check_integrity(scheduler: Scheduler, beside: Iterable[int] = ()) -> None:
     """Assert that free and held blocks are all blocks, and reference counts are right.
 
     The null block stands in req_to_blocks for what was given back and counts as
     neither. Blocks that an adaptive request writes are its own, and in no prefix cache.
+
+    Args:
+        scheduler: the engine's.
+        beside: ids of blocks that others than requests hold, as often as they do.
     """
     pool = scheduler.kv_cache_manager.block_pool
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
@@ -159,6 +163,7 @@ def check_integrity(scheduler: Scheduler) -> None:
         for block in blocks
         if not block.is_null
     )
+    held.update(beside)
     free = pool.get_num_free_blocks()
     assert free + len(held) + 1 == len(pool.blocks), f"{free} free, {len(held)} held"
     for block in pool.blocks:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import get_args
 
 import pytest
+import torch
 import vllm
 from vllm.config.cache import CacheDType
 from vllm.config.speculative import SpeculativeMethod
@@ -16,12 +17,14 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
+    MambaSpec,
     RSWASpec,
     SlidingWindowSpec,
 )
 from vllm_avl.kernels.cpu.vectors import ELEMENTS
 
 from vllm_avl import support
+from vllm_avl.compat import platform
 from vllm_avl.config import AVLConfig
 from vllm_avl.front_end import request_settings
 from vllm_avl.scheduler.spec import AVLSpec, our_group
@@ -103,7 +106,6 @@ def settings(**changes):
         "model_config": {
             "use_mla": False,
             "is_encoder_decoder": False,
-            "is_mm_prefix_lm": False,
         },
         "device_config": {"device_type": "cuda"},
         "speculative_config": None,
@@ -117,7 +119,6 @@ def settings(**changes):
         "cache_config": {
             "cache_dtype": "auto",
             "kv_sharing_fast_prefill": False,
-            "kv_offloading_size": None,
             "kv_cache_dtype_skip_layers": [],
         },
         "scheduler_config": {
@@ -170,10 +171,7 @@ METHODS = {
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_drafters_go_by_whether_they_have_a_cache(method, device):
-    supported = support.CACHELESS_DRAFTERS
-    if device == "cpu":
-        supported += support.ADAPTED_DRAFTERS
-    if method in supported:
+    if method in support.CACHELESS_DRAFTERS + support.ADAPTED_DRAFTERS:
         support.check_config(drafting(method, device), AVLConfig())
         return
     with pytest.raises(UnsupportedError, match=f"speculative decoding by '{method}'"):
@@ -240,47 +238,48 @@ def test_a_request_to_a_server_with_drafts_reads_all(options, xargs, named):
     )
 
 
+CASES = [
+    ({"model_config__use_mla": True}, "multi-head latent attention"),
+    ({"model_config__is_encoder_decoder": True}, "cross attention"),
+    ({"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+    (
+        {"parallel_config__decode_context_parallel_size": 2},
+        "--decode-context-parallel-size",
+    ),
+    (
+        {"parallel_config__prefill_context_parallel_size": 2},
+        "--prefill-context-parallel-size",
+    ),
+    ({"parallel_config__use_ubatching": True}, "--enable-dbo"),
+    (connecting("NixlConnector"), "alone, not NixlConnector; drop --kv-transfer"),
+    (connecting("ExampleConnector", "mine"), "alone, not mine; drop --kv-transfer"),
+    (
+        connecting("ExampleConnector")
+        | {"speculative_config": SimpleNamespace(method="ngram")},
+        "drop --kv-transfer-config and --kv-offloading-size, or --speculative-co",
+    ),
+    (
+        {
+            "cache_config__cache_dtype": "fp8",
+            "cache_config__kv_cache_dtype_skip_layers": ["0"],
+        },
+        "--kv-cache-dtype-skip-layers",
+    ),
+    ({"cache_config__kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
+    (
+        {"scheduler_config__max_num_scheduled_tokens": 16},
+        "--max-num-scheduled-tokens of at least",
+    ),
+    (
+        {"scheduler_config__long_prefill_token_threshold": 1},
+        "--long-prefill-token-threshold of at least 32",
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
-    [
-        ({"model_config__use_mla": True}, "multi-head latent attention"),
-        ({"model_config__is_encoder_decoder": True}, "cross attention"),
-        ({"model_config__is_mm_prefix_lm": True}, "prefix-LM"),
-        ({"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
-        (
-            {"parallel_config__decode_context_parallel_size": 2},
-            "--decode-context-parallel-size",
-        ),
-        (
-            {"parallel_config__prefill_context_parallel_size": 2},
-            "--prefill-context-parallel-size",
-        ),
-        ({"parallel_config__use_ubatching": True}, "--enable-dbo"),
-        (connecting("NixlConnector"), "but ExampleConnector yet; drop --kv-transfer"),
-        (connecting("ExampleConnector", "mine"), "--kv-transfer-config"),
-        (
-            connecting("ExampleConnector")
-            | {"speculative_config": SimpleNamespace(method="ngram")},
-            "drop --kv-transfer-config or --speculative-config",
-        ),
-        ({"cache_config__kv_offloading_size": 1}, "KV offloading"),
-        (
-            {
-                "cache_config__cache_dtype": "fp8",
-                "cache_config__kv_cache_dtype_skip_layers": ["0"],
-            },
-            "--kv-cache-dtype-skip-layers",
-        ),
-        ({"cache_config__kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
-        (
-            {"scheduler_config__max_num_scheduled_tokens": 16},
-            "--max-num-scheduled-tokens of at least",
-        ),
-        (
-            {"scheduler_config__long_prefill_token_threshold": 1},
-            "--long-prefill-token-threshold of at least 32",
-        ),
-    ],
+    CASES,
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_each_refusal(change, named):
@@ -293,7 +292,28 @@ def test_each_refusal(change, named):
 
 
 def test_every_refusal_of_the_table_has_a_case():
-    assert len(support.REFUSALS) == 12
+    supported, refused = settings(), [settings(**change) for change, _ in CASES]
+    for refusal in support.REFUSALS:
+        assert not refusal.applies(supported)
+        assert any(map(refusal.applies, refused)), refusal.sentence
+
+
+def test_offloading_by_who_may_read_what_was_given_back(monkeypatch):
+    def offloading(**options):
+        cache = SimpleNamespace(
+            **{"kv_offloading_size": 1, "kv_offloading_backend": "native"} | options
+        )
+        return platform.offloading_connector(cache)
+
+    assert offloading(kv_offloading_size=None) is None
+    for name in (offloading(), offloading(kv_offloading_backend="lmcache")):
+        with pytest.raises(UnsupportedError, match=f"by {name}, which may read"):
+            support.check_config(settings(), AVLConfig(), name)
+    monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", "1")
+    assert offloading() == support.OFFLOADING
+    support.check_config(settings(), AVLConfig(), offloading())
+    with pytest.raises(UnsupportedError, match="drop --kv-transfer-config and --kv-o"):
+        support.check_config(drafting("ngram"), AVLConfig(), offloading())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -348,18 +368,15 @@ def test_attention_types(change, named):
         current_platform.get_attn_backend_cls(AttentionBackendEnum["AVL"], selector)
 
 
-OUR_CACHES = {
-    "cpu": ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3"),
-    "cuda": ("auto", "float16", "bfloat16"),
-}
+OUR_CACHES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
 
 
-@pytest.mark.parametrize("device", OUR_CACHES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", get_args(CacheDType))
 def test_every_cache_of_vllm_is_supported_or_refused(dtype, device):
     changes = {"cache_config__cache_dtype": dtype, "device_config__device_type": device}
     config = settings(**changes)
-    if dtype in OUR_CACHES[device]:
+    if dtype in OUR_CACHES:
         support.check_config(config, AVLConfig())
         return
     with pytest.raises(UnsupportedError) as caught:
@@ -407,11 +424,15 @@ def test_cache_groups():
             our_group(config)
 
 
-def test_other_cache_groups_have_been_tried_on_cpus_only(monkeypatch):
+def test_recurrent_states_have_been_tried_on_cpus_only(monkeypatch):
     window = spec(SlidingWindowSpec, sliding_window=64)
+    state = MambaSpec(block_size=32, shapes=((1,),), dtypes=(torch.bfloat16,))
+    groups = groups_of(window, state, spec(AVLSpec))
+    assert our_group(groups) == 2
     monkeypatch.setattr(current_platform.__class__, "is_cpu", lambda self: False)
-    with pytest.raises(UnsupportedError, match="this model has a SlidingWindowSpec"):
-        our_group(groups_of(window, spec(AVLSpec)))
+    with pytest.raises(UnsupportedError, match="this model has a MambaSpec"):
+        our_group(groups)
+    assert our_group(groups_of(window, spec(AVLSpec))) == 1
 
 
 def groups_of(*specs):

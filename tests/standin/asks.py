@@ -93,8 +93,8 @@ def check(report, expected, backend=ON_TRITON):
         assert ours == pytest.approx(theirs, abs=BUDGET)
 
 
-def check_orders(report, expected):
+def check_orders(report, expected, orders=ORDERS):
     """Assert that a prefix somebody has left behind changes no answer."""
-    for order, answers in zip(ORDERS, report["orders"], strict=True):
+    for order, answers in zip(orders, report["orders"], strict=True):
         indices = [index for batch in order for index in batch]
         assert answers["tokens"] == [expected[index] for index in indices]

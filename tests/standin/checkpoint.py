@@ -1,16 +1,17 @@
-"""A LLaVA small enough for interpreted kernels: 64 vision tokens for each picture."""
+"""Models small enough for interpreted kernels, of few tokens for each picture."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import transformers
 
-from benchmarks.testing.models import ModelSize, architectures
+from benchmarks.testing.models import ModelSize, architectures, gemma
 from benchmarks.testing.models.tokens import make_tokenizer
 from benchmarks.testing.models.weights import restore_clip_names, save
 
-IMAGE_SIZE = 112
+IMAGE_SIZE = 84
 NUM_VISION_TOKENS = (IMAGE_SIZE // architectures.PATCH_SIZE) ** 2
 SIZE = ModelSize(
     hidden_size=64,
@@ -25,6 +26,13 @@ SIZE = ModelSize(
     vision_num_heads=2,
     vision_intermediate_size=64,
 )
+
+
+def build_gemma3(out_dir: Path, seed: int = 0) -> Path:
+    """Write a Gemma 3, two layers of three with sliding windows; return `out_dir`."""
+    size = replace(SIZE, num_layers=3)
+    gemma.gemma3(out_dir, size, seed, image_size=112, num_image_tokens=64)
+    return out_dir
 
 
 def build(out_dir: Path, seed: int = 0) -> Path:

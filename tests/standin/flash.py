@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from standin import torch_ops
+
 UNUSED = (
     *("batch_size", "num_heads_q", "num_heads_kv", "headdim", "qkv_dtype", "page_size"),
     *("max_seqlen_q", "num_splits", "fa_version"),
-    # Of quantised caches, which are given for all.
-    *("q_descale", "k_descale", "v_descale"),
 )
 """Arguments of the real functions that do not change results here."""
 
@@ -101,6 +101,9 @@ def flash_attn_varlen_func(
     return_softmax_lse: bool,
     out: torch.Tensor,
     scheduler_metadata: torch.Tensor | None,
+    q_descale: torch.Tensor | None,
+    k_descale: torch.Tensor | None,
+    v_descale: torch.Tensor | None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend; see the real function.
 
@@ -108,7 +111,7 @@ def flash_attn_varlen_func(
 
     Args:
         q: [num_tokens, num_heads, head_size].
-        k: [num_blocks, block_size, num_kv_heads, head_size].
+        k: [num_blocks, block_size, num_kv_heads, head_size], of q's dtype.
         v: as k.
         cu_seqlens_q: [num_reqs + 1].
         max_seqlen_k: of `seqused_k`.
@@ -121,20 +124,30 @@ def flash_attn_varlen_func(
         return_softmax_lse: return [num_heads, num_tokens] beside the output.
         out: as q.
         scheduler_metadata: of `get_scheduler_metadata`.
+        q_descale: [num_reqs, num_kv_heads], what fp8 is multiplied by.
+        k_descale: as q_descale.
+        v_descale: as q_descale.
     """
     assert causal
+    assert q.dtype == k.dtype == v.dtype
     assert tuple(window_size) == (-1, -1)
     tokens = torch.arange(len(q))
     # [num_tokens] keys that a token sees, counted from its sequence's end.
     rows = torch.searchsorted(cu_seqlens_q[1:], tokens, right=True)
     lse = q.new_full((q.shape[1], len(q)), -torch.inf, dtype=torch.float32)
     out.zero_()
+    group = q.shape[1] // k.shape[2]
     for row, blocks in enumerate(block_table):
+        q_row, k_row, v_row = q, k[blocks], v[blocks]
+        if q.dtype.itemsize == 1:
+            q_row = q.float() * q_descale[row].repeat_interleave(group)[:, None]
+            k_row = k_row.float() * k_descale[row][:, None]
+            v_row = v_row.float() * v_descale[row][:, None]
         fits = seqused_k[row] <= max_seqlen_k
         if scheduler_metadata is not None:
             fits &= scheduler_metadata[1 + row] == seqused_k[row]
         ends = seqused_k[row] - (cu_seqlens_q[row + 1] - tokens) + 1
-        attended, norm = attend(q, k[blocks], v[blocks], ends, softmax_scale, softcap)
+        attended, norm = attend(q_row, k_row, v_row, ends, softmax_scale, softcap)
         mine = rows == row
         attended = torch.where(fits, attended, torch.nan)
         out.copy_(torch.where(mine[:, None, None], attended, out))
@@ -183,8 +196,8 @@ def reshape_and_cache(
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     kv_cache_dtype: str,
-    _k_scale: torch.Tensor,
-    _v_scale: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_scale: torch.Tensor,
 ) -> None:
     """Write rows into the cache; slots below zero are padding's.
 
@@ -194,9 +207,16 @@ def reshape_and_cache(
         key_cache: [num_blocks, block_size, num_kv_heads, head_size].
         value_cache: as key_cache.
         slot_mapping: [num_tokens].
-        kv_cache_dtype: must be the model's.
+        kv_cache_dtype: the model's, or e4m3.
+        k_scale: [], what keys in e4m3 are multiples of.
+        v_scale: as k_scale.
     """
-    assert kv_cache_dtype == "auto"
+    assert kv_cache_dtype in ("auto", "fp8", "fp8_e4m3")
+    if kv_cache_dtype != "auto":
+        key, value = torch_ops.as_fp8(key, k_scale), torch_ops.as_fp8(value, v_scale)
+        key_cache, value_cache = (
+            cache.view(key.dtype) for cache in (key_cache, value_cache)
+        )
     block_size = key_cache.shape[1]
     is_padding = (slot_mapping < 0)[:, None, None]
     slots = slot_mapping.clamp(min=0)

@@ -4,14 +4,16 @@
 
 run in the folder tests, or with it on PYTHONPATH. SPEC.json (- for standard input) is
 
-    {"requests": [{"images": [1], "text": "What?", "max_tokens": 4, "xargs": {}}],
-     "llm": {"max_num_seqs": 2}, "orders": [[[0, 1], [0]]]}
+    {"requests": [{"images": [1], "text": "What?", "max_tokens": 4, "xargs": {},
+                   "family": "llava"}],
+     "llm": {"max_num_seqs": 2}, "orders": [[[0, 1], [0]]], "scales": [1, 1, 1]}
 
-with every field optional: pictures are given by their seeds, "xargs" are the request's
+with every field optional: "scales" are the query's, the keys' and the values' of an fp8
+cache; pictures are given by their seeds, "xargs" are the request's
 vllm_xargs and "llm" are arguments of `LLM`. Each of "orders" has batches of requests
 answered after each other, from an empty prefix cache. The last line of the output is
-JSON: token ids of each request, log-probabilities with --logprobs, and what the
-stand-in counted.
+JSON: token ids of each request, log-probabilities with --logprobs, with --kept what
+each layer of each request has evicted, and what the stand-in counted.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cpu", action="store_true", help="vLLM's CPU build as it is")
     parser.add_argument("--gpu", action="store_true", help="a GPU, no stand-in")
     parser.add_argument("--logprobs", action="store_true")
+    parser.add_argument("--kept", action="store_true", help="needs introspection")
     parser.add_argument(
         "--alone", action="store_true", help="answer each request again, on its own"
     )
@@ -133,7 +137,8 @@ def prompt(request: dict[str, Any]) -> dict[str, Any]:
         models.random_image(seed, width=112, height=112)
         for seed in request.get("images", [])
     ]
-    text = models.image_prompt("llava", len(pictures), request.get("text", "What?"))
+    family, text = request["family"], request.get("text", "What?")
+    text = models.image_prompt(family, len(pictures), text)
     return {"prompt": text} | (
         {"multi_modal_data": {"image": pictures}} if pictures else {}
     )
@@ -141,14 +146,85 @@ def prompt(request: dict[str, Any]) -> dict[str, Any]:
 
 def describe(llm: Any) -> dict[str, str]:
     """Say which code has run."""
-    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    worker = worker_of(llm)
     runner = worker.model_runner
-    [[group, *_], *_] = runner.attn_groups
+    backends = [group.backend for groups in runner.attn_groups for group in groups]
     return {
         "worker": qualified_name(type(worker)),
         "runner": qualified_name(type(runner)),
-        "backend": qualified_name(group.backend),
+        "backend": ", ".join(sorted(map(qualified_name, set(backends)))),
     }
+
+
+def worker_of(llm: Any) -> Any:
+    """Return the only worker, which lives in this process."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+
+def set_scales(llm: Any, scales: list[float]) -> None:
+    """Let every layer's fp8 numbers stand for multiples of these."""
+    from vllm.model_executor.layers.attention import Attention
+
+    for layer in worker_of(llm).model_runner.model.modules():
+        if isinstance(layer, Attention):
+            for name, scale in zip("qkv", scales, strict=True):
+                getattr(layer, f"_{name}_scale").fill_(scale)
+                setattr(layer, f"_{name}_scale_float", scale)
+
+
+def kept(llm: Any) -> list[dict[str, Any]]:
+    """Return what the KV heads of each layer of each adapted request have evicted."""
+    worker = worker_of(llm)
+    names = sorted(worker.avl_requests(), key=lambda name: int(name.partition("-")[0]))
+    return [
+        {
+            "num_scoring": worker._avl_requests.find(name).plan.num_scoring_rows,
+            "evicted": [layer.evicted for layer in worker.avl_report(name).layers],
+        }
+        for name in names
+    ]
+
+
+def watch_drafts(llm: Any) -> dict[str, list[list[int]]]:
+    """Return where the drafts of each request will be, step by step."""
+    drafts: dict[str, list[list[int]]] = {}
+
+    def note(names: list[str], tokens: list[list[int]]) -> None:
+        for name, of_request in zip(names, tokens, strict=True):
+            drafts.setdefault(name.partition("-")[0], []).append(list(of_request))
+
+    def watch(owner: Any, name: str, names_and_tokens: Callable[..., Any]) -> None:
+        original = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            note(*names_and_tokens(result, *args))
+            return result
+
+        setattr(owner, name, watched)
+
+    speculator = getattr(worker_of(llm).model_runner, "speculator", None)
+    if speculator is None:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        watch(
+            scheduler,
+            "update_draft_token_ids",
+            lambda _, new: (new.req_ids, new.draft_token_ids),
+        )
+    else:
+        # Runner V2 keeps them to itself.
+        watch(
+            speculator,
+            "propose",
+            lambda result, batch, *_: (batch.req_ids, result.tolist()),
+        )
+    return drafts
+
+
+def num_accepted(llm: Any) -> int:
+    """Return how many drafts were accepted so far."""
+    counts = {metric.name: metric for metric in llm.get_metrics()}
+    return counts["vllm:spec_decode_num_accepted_tokens"].value
 
 
 def qualified_name(cls: type) -> str:
@@ -171,6 +247,8 @@ def result(llm: Any, answers: list[Any], args: argparse.Namespace) -> dict[str, 
             [next(iter(step.values())).logprob for step in one.logprobs]
             for one in answers
         ]
+    if args.kept:
+        report["kept"] = kept(llm)
     if not args.cpu and not args.gpu:
         from standin import graphs, kernels
 
@@ -194,17 +272,20 @@ def main(argv: list[str] | None = None) -> None:
     set_up(args)
     text = sys.stdin.read() if args.spec == "-" else Path(args.spec).read_text()
     spec = json.loads(text)
+    requests = [{"family": "llava", **request} for request in spec["requests"]]
     llm = start(args, spec.get("llm", {}))
-    answers = answer(llm, spec["requests"], args.logprobs)
+    set_scales(llm, spec.get("scales", [1, 1, 1]))
+    drafts = watch_drafts(llm)
+    answers = answer(llm, requests, args.logprobs)
     report = result(llm, answers, args)
     if args.alone:
         report["alone"] = [
-            list(answer(llm, [request], False)[0].token_ids)
-            for request in spec["requests"]
+            list(answer(llm, [request], False)[0].token_ids) for request in requests
         ]
+    if "speculative_config" in spec.get("llm", {}):
+        report |= {"drafts": drafts, "num_accepted": num_accepted(llm)}
     report["orders"] = [
-        answer_in_order(llm, spec["requests"], order)
-        for order in spec.get("orders", [])
+        answer_in_order(llm, requests, order) for order in spec.get("orders", [])
     ]
     check_blocks(llm)
     print(json.dumps(report), flush=True)

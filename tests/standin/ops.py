@@ -33,6 +33,10 @@ def install() -> None:
             define(schema, body)
     # CUDA graphs keep their outputs by this; here an alias will do.
     define("weak_ref_tensor(Tensor(a) tensor) -> Tensor(a)", lambda t: t.view_as(t))
+    from vllm import _custom_ops
+
+    # The CPU build has its name alone.
+    _custom_ops.scaled_fp8_quant = torch_ops.scaled_fp8_quant
     # vLLM asks for quantised kernels at import: there are none.
     for name in QUESTIONS:
         define(f"{name}(int capability) -> bool", lambda capability: False)

@@ -6,11 +6,16 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
 EXTENSION = "vllm._C_stable_libtorch"
 ALLOCATOR = "vllm.cumem_allocator"
+PASSES = "vllm.compilation.passes.pass_manager"
 
 
 def install() -> None:
@@ -23,6 +28,9 @@ def install() -> None:
     sys.modules.setdefault(EXTENSION, ModuleType(EXTENSION))
     # The CUDA wheel has it, and it asks for a driver: missing, as in the CPU wheel.
     sys.modules.setdefault(ALLOCATOR, None)
+    # Passes name operators of the CUDA extension, and nothing is compiled here.
+    passes = sys.modules.setdefault(PASSES, ModuleType(PASSES))
+    passes.PostGradPassManager = None
     platforms._current_platform = make_platform()
     # vLLM refuses Triton in a build whose version says "cpu".
     platforms.vllm_version_matches_substr = lambda substring: False
@@ -60,6 +68,13 @@ def make_platform() -> object:
             if name.startswith("__"):
                 raise AttributeError(name)
             return getattr(torch.cuda, name)
+
+        @classmethod
+        def get_default_ir_op_priority(cls, vllm_config: VllmConfig) -> Any:
+            """Prefer torch: the CPU build's norm takes any rows to be contiguous."""
+            from vllm.config.kernel import IrOpPriorityConfig
+
+            return IrOpPriorityConfig.with_default(["native"])
 
         @classmethod
         def use_custom_allreduce(cls) -> bool:

@@ -54,6 +54,6 @@ def use_torch_top_k_top_p() -> None:
 
 def use_small_device() -> None:
     """Let fewer programs share the rows of a request; kernels' own tests have many."""
-    from vllm_avl.worker.cuda import core_lists
+    from vllm_avl.worker.cuda import listed_rows
 
-    core_lists.PROGRAMS_PER_DEVICE = PROGRAMS
+    listed_rows.PROGRAMS_PER_DEVICE = PROGRAMS

@@ -22,7 +22,8 @@ from vllm_avl.plan import Compaction, make_plan
 from vllm_avl.worker.cpu.backend import _attended
 from vllm_avl.worker.cpu.cache import CPUCache
 from vllm_avl.worker.cuda.cache import CUDACache
-from vllm_avl.worker.cuda.core_lists import CoreLists, some_rows, whole_step
+from vllm_avl.worker.cuda.core_lists import CoreLists
+from vllm_avl.worker.cuda.listed_rows import some_rows, whole_step
 from vllm_avl.worker.introspection import report
 from vllm_avl.worker.layer import Layer
 from vllm_avl.worker.ranks import Ranks
@@ -130,9 +131,8 @@ class OnTriton:
         if (rows.is_attended & ~in_graph).any():
             found = rows.is_attended & ~in_graph
             listed.append(some_rows(self.beside, common, rows, found))
-        caches = self.cache.keys, self.cache.values
         for one in listed:
-            one.attend("layer", query, *caches, SCALE, 0.0, output)
+            one.attend(self.cache, query, output)
         return bool(listed)
 
 

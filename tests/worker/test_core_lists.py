@@ -7,9 +7,8 @@ import pytest
 import torch
 from stepping import CORE, CUDA_KERNELS, PROMPT, TEXT, Worker, plan_of
 
-from vllm_avl.worker.cuda.core_lists import (
-    NUM_NUMBERS,
-    CoreLists,
+from vllm_avl.worker.cuda.core_lists import NUM_NUMBERS, CoreLists
+from vllm_avl.worker.cuda.listed_rows import (
     num_splits,
     select,
     some_rows,

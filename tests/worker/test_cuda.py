@@ -27,8 +27,13 @@ def test_ours_come_before_vllms(base):
         config = SimpleNamespace(speculative_config=drafts)
         assert builder.get_cudagraph_support(config, None) is graphs
     assert not builder.supports_update_block_table
-    for refused in ("sink", "rswa", "sliding_window", "mm_prefix"):
+    for refused in ("sink", "rswa", "sliding_window"):
         assert not getattr(backend, f"supports_{refused}")()
-    assert not backend.supports_kv_cache_dtype("fp8")
+    # FlashAttention has them where its version and the device do.
+    assert backend.supports_mm_prefix() == theirs.supports_mm_prefix()
+    for dtype in ("auto", "bfloat16", "fp8"):
+        ours = backend.supports_kv_cache_dtype(dtype)
+        assert ours == theirs.supports_kv_cache_dtype(dtype)
+    assert not backend.supports_kv_cache_dtype("fp8_e5m2")
     assert backend.supports_attn_type("decoder")
     assert not backend.supports_attn_type("encoder_only")

@@ -24,7 +24,7 @@ from served import (
 
 from benchmarks.testing.interpreted import interpreted
 from vllm_avl import plan as plans
-from vllm_avl.worker.cuda import core_lists
+from vllm_avl.worker.cuda import listed_rows
 from vllm_avl.worker.introspection import report
 
 CORE = {
@@ -45,7 +45,7 @@ FIXED = sorted(set(range(FULL)) - set(RANKED))
 @pytest.fixture(autouse=True, scope="module")
 def _kernels():
     # Programs run one after the other here.
-    with interpreted(*MODULES), patch.object(core_lists, "PROGRAMS_PER_DEVICE", 4):
+    with interpreted(*MODULES), patch.object(listed_rows, "PROGRAMS_PER_DEVICE", 4):
         yield
 
 

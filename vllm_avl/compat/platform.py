@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm import envs
+from vllm.config import CacheConfig, VllmConfig, get_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -16,6 +17,7 @@ from vllm_avl.config import parse_config
 from vllm_avl.support import (
     ADAPTED_DRAFTERS,
     NAME,
+    OFFLOADING,
     check_attention,
     check_base,
     check_config,
@@ -140,6 +142,18 @@ def find_base(
     return usable[0] if usable else TRITON
 
 
+def offloading_connector(cache_config: CacheConfig) -> str | None:
+    """Return which KV connector vLLM is going to take for `--kv-offloading-size`.
+
+    It decides behind us: `VllmConfig._post_init_kv_transfer_config`.
+    """
+    if cache_config.kv_offloading_size is None:
+        return None
+    if cache_config.kv_offloading_backend != "native":
+        return cache_config.kv_offloading_backend
+    return OFFLOADING if envs.VLLM_USE_SIMPLE_KV_OFFLOAD else "OffloadingConnector"
+
+
 def update_config(original: Callable[..., None]) -> classmethod:
     """Wrap `check_and_update_config`: take our places, or refuse."""
 
@@ -161,7 +175,7 @@ def update_config(original: Callable[..., None]) -> classmethod:
             cache.block_size = ours.block_size
             cache.user_specified_block_size = True
         original(vllm_config)
-        check_config(vllm_config, avl_config)
+        check_config(vllm_config, avl_config, offloading_connector(cache))
         warn_of_quality(
             vllm_config.model_config.hf_config.model_type, cache.cache_dtype
         )

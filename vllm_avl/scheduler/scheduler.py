@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.platforms import current_platform
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -60,6 +61,13 @@ class _Adaptive(Scheduler):
         manager.copies_shared = current_platform.is_cuda()
         # It saves what lies there when the layers have run.
         manager.writes_prompts = self.connector is None
+        if self.connector is not None:
+            limit_external_hits(self.connector, self._limited)
+        # Rows of a picture that attend to all of it do not score.
+        self._avl_whole_pictures = (
+            self.scheduler_config.disable_chunked_mm_input
+            or self.vllm_config.model_config.is_mm_prefix_lm
+        )
         self._avl_pressure = Pressure(self._avl_config)
         self._avl_decisions: dict[str, Plan | Stock] = {}
         settings = describe_settings(self._avl_config)
@@ -75,7 +83,7 @@ class _Adaptive(Scheduler):
             manager.leave_alone(request.request_id)
             return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
         manager.admit(request, plan)
-        view = self._limit_hits(request, plan)
+        view = self._limited(request)
         return super()._get_local_prefix_cache_hit(view, *args, **kwargs)
 
     def _try_schedule_encoder_inputs(
@@ -175,7 +183,7 @@ class _Adaptive(Scheduler):
             self._avl_config,
             manager.block_size,
             self._chunk_unit,
-            whole_pictures=self.scheduler_config.disable_chunked_mm_input,
+            whole_pictures=self._avl_whole_pictures,
         )
         if isinstance(decision, Plan):
             pool = self.kv_cache_manager.block_pool
@@ -227,12 +235,15 @@ class _Adaptive(Scheduler):
         for new in output.scheduled_new_reqs:
             new.mm_features = self.requests[new.req_id].mm_features
 
-    def _limit_hits(self, request: Request, plan: Plan) -> Request:
+    def _limited(self, request: Request) -> Request:
         """Return a view of `request` that knows only the hashes it may hit.
 
         The limit must hold before the search: cutting its result is not valid for
         every cache group. It leaves the rows that score to compute.
         """
+        plan = self._avl_manager.plan_of(request.request_id)
+        if plan is None:
+            return request
         hash_block_size = self.kv_cache_manager.block_pool.hash_block_size
         view = copy.copy(request)
         view.block_hashes = request.block_hashes[
@@ -249,6 +260,26 @@ class AVLAsyncScheduler(_Adaptive, AsyncScheduler):
     """vLLM's asynchronous scheduler with adaptive requests."""
 
     _avl_steps_in_flight = True
+
+
+def limit_external_hits(
+    connector: KVConnectorBase_V1, limited: Callable[[Request], Request]
+) -> None:
+    """Let a connector find what the prefix cache may find, where it goes by hashes.
+
+    A load that crossed a prompt's end would end it in a step that computes nothing.
+    """
+    original = connector.get_num_new_matched_tokens
+
+    @functools.wraps(original)
+    def get_num_new_matched_tokens(
+        request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return original(limited(request), num_computed_tokens)
+
+    connector.get_num_new_matched_tokens = (  # type: ignore[method-assign]
+        get_num_new_matched_tokens
+    )
 
 
 def share_prompts_only(coordinator: KVCacheCoordinator, manager: AVLManager) -> None:

@@ -16,8 +16,11 @@ from vllm.v1.kv_cache_interface import (
 
 from vllm_avl.support import find_group
 
-OTHERS = (SlidingWindowSpec, MambaSpec)
-"""Of groups that may lie beside ours, and stay as vLLM has them."""
+OTHERS = {"cpu": (SlidingWindowSpec, MambaSpec), "cuda": (SlidingWindowSpec,)}
+"""By platform: of groups that may lie beside ours, and stay as vLLM has them.
+
+On CUDA no model with recurrent states has been tried.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,5 @@ def our_group(kv_cache_config: KVCacheConfig) -> int:
         UnsupportedError: there is none, or one beside it that must not be.
     """
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    # Elsewhere no model with several kinds of layers has been tried.
-    others = OTHERS if current_platform.is_cpu() else ()
+    others = OTHERS["cpu" if current_platform.is_cpu() else "cuda"]
     return find_group(specs, AVLSpec, others)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
@@ -195,7 +195,7 @@ class Step:
     @cached_property
     def continued(self) -> Step:
         """The step as a drafter goes on behind it: all prompts have ended."""
-        return Step(
+        step = Step(
             self.requests,
             self.index,
             self.seats,
@@ -203,6 +203,10 @@ class Step:
             self.num_tokens + 1,
             self.row_ids,
         )
+        if self._rows is not None:
+            # Runner V2 does not say again whose rows they are.
+            step._rows = StepRows(step, self._rows.index)
+        return step
 
     def end(self) -> None:
         """Note what the step did, for those that follow."""
@@ -245,7 +249,7 @@ class StepRows:
         places = np.arange(len(step.seats))
         self._is_whole = len(index) == len(places) and bool((index == places).all())
         self.seats = self._pick(step.seats)
-        answers = self.is_ours & ~self._pick(step.ends_prompt)
+        answers = self.is_answer = self.is_ours & ~self._pick(step.ends_prompt)
         of = self.of = self._pick(step.of)
         self.first_block = np.where(answers, of["first_block"], 0)
         """[num_rows] blocks of the runner's table in front of the stored ones."""
@@ -282,6 +286,16 @@ def executing(step: Step | None) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+def drafting(draft_index: int) -> AbstractContextManager[None]:
+    """Make the current step what a pass of a drafter's layers is part of.
+
+    The first pass is over the step's tokens, and works as the step does; those behind
+    it are a token each, behind what the first has stored.
+    """
+    step = current_step()
+    return executing(step.continued if draft_index and step is not None else step)
 
 
 def current_step() -> Step | None:

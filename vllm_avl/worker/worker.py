@@ -26,7 +26,7 @@ from vllm_avl.worker.introspection import (
     summarize,
 )
 from vllm_avl.worker.request import Kernels
-from vllm_avl.worker.step import Step, WorkerRequests, executing
+from vllm_avl.worker.step import Step, WorkerRequests, drafting, executing
 
 
 class AVLWorker(Worker):
@@ -80,7 +80,8 @@ class AVLWorker(Worker):
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample, and let the step's counts travel with its tokens."""
         # A drafter's layers run behind it, and are layers of the step.
-        with executing(self._avl_step):
+        with executing(self._avl_step), drafting(int(self.use_v2_model_runner)):
+            # Runner V2 builds metadata for the passes behind the first only.
             output = super().sample_tokens(grammar_output)
         counts = self._avl_requests.counts.take()
         if isinstance(output, AsyncModelRunnerOutput):

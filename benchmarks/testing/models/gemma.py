@@ -20,9 +20,14 @@ def layer_types(num_layers: int, windowed: str = "sliding_attention") -> list[st
     ]
 
 
-def gemma3(out_dir: Path, size: ModelSize, seed: int) -> None:
-    """Gemma 3: 144 tokens for every image."""
-    image_size, num_image_tokens = 336, 144
+def gemma3(
+    out_dir: Path,
+    size: ModelSize,
+    seed: int,
+    image_size: int = 336,
+    num_image_tokens: int = 144,
+) -> None:
+    """Gemma 3: the same number of tokens for every image."""
     # vLLM joins newlines where placeholders meet.
     tokenizer = make_tokenizer(
         "gemma3",

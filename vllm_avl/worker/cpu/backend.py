@@ -29,7 +29,7 @@ from vllm_avl.worker.layer import Layer
 from vllm_avl.worker.ranks import RANKS
 from vllm_avl.worker.request import Task
 from vllm_avl.worker.seats import Seats, SeatTable
-from vllm_avl.worker.step import StepRows, current_step, executing
+from vllm_avl.worker.step import StepRows, current_step, drafting
 from vllm_avl.worker.view import make_tasks, stored_table_on_cpu
 
 
@@ -114,15 +114,8 @@ class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
     def build_for_drafting(
         self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
     ) -> CPUAttentionMetadata:
-        """Build what a drafter's own layers read.
-
-        Its first pass is over the step's tokens, and works as the step does; those
-        behind it are a token each, behind what the first has stored.
-        """
-        step = current_step()
-        if draft_index and step is not None:
-            step = step.continued
-        with executing(step):
+        """Build what a drafter's own layers read, see `step.drafting`."""
+        with drafting(draft_index):
             return self.build(0, common_attn_metadata, fast_build=True)
 
 

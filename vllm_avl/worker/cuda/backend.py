@@ -28,18 +28,21 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_avl.config import parse_config
 from vllm_avl.metrics.definitions import key
 from vllm_avl.scheduler.spec import AVLSpec, adapt
-from vllm_avl.support import check_layer, check_layer_names, check_spec
-from vllm_avl.worker.cuda.cache import CUDACache
-from vllm_avl.worker.cuda.core_lists import (
-    CoreLists,
-    ListedRows,
-    some_rows,
-    whole_step,
+from vllm_avl.support import (
+    FP8_CACHES,
+    PLAIN_CACHES,
+    check_layer,
+    check_layer_names,
+    check_spec,
 )
+from vllm_avl.worker.cuda.cache import CUDACache, Scales
+from vllm_avl.worker.cuda.core_lists import CoreLists
+from vllm_avl.worker.cuda.listed_rows import ListedRows, some_rows, whole_step
+from vllm_avl.worker.fp8 import as_numbers
 from vllm_avl.worker.layer import Layer
 from vllm_avl.worker.ranks import RANKS
 from vllm_avl.worker.request import RequestState, Task
-from vllm_avl.worker.step import StepRows, current_step
+from vllm_avl.worker.step import StepRows, current_step, drafting
 from vllm_avl.worker.view import make_tasks, stored_table
 
 
@@ -83,6 +86,8 @@ class CUDAMetadataBuilder(AttentionMetadataBuilder[Any]):
         check_spec(kv_cache_spec, AVLSpec)
         check_layer_names(layer_names)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # In place it would go on over the runner's table.
+        self.supports_draft_decode_metadata_update = False
         self._decode_len = 1 + vllm_config.num_speculative_tokens
         modes = vllm_config.compilation_config.cudagraph_mode
         self._has_full_graphs = modes.has_full_cudagraphs()
@@ -162,6 +167,13 @@ class CUDAMetadataBuilder(AttentionMetadataBuilder[Any]):
             **vars(metadata), tasks=tasks, listed=listed, lists_of=self._lists_of
         )
 
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> Any:
+        """Build what a drafter's own layers read, see `step.drafting`."""
+        with drafting(draft_index):
+            return self.build(0, common_attn_metadata, fast_build=True)
+
     def _stored(
         self, common: CommonAttentionMetadata, rows: StepRows | None, keep: bool
     ) -> CommonAttentionMetadata:
@@ -198,6 +210,7 @@ class CUDAMetadataBuilder(AttentionMetadataBuilder[Any]):
             block_table_tensor=stored,
             seq_lens=seq_lens,
             seq_lens_cpu_upper_bound=lens,
+            mm_req_doc_ranges=_ranges(common, rows),
             # Captured graphs are for any length.
             max_seq_len=max(int(lens.max()), 1) if not keep else common.max_seq_len,
         )
@@ -235,6 +248,20 @@ class CUDAMetadataBuilder(AttentionMetadataBuilder[Any]):
             self._table = table.new_zeros(self._max_num_seqs, width)
         assert self._table.shape[1] == width
         return self._table[:num_reqs], self._seq_lens[:num_reqs]
+
+
+def _ranges(
+    common: CommonAttentionMetadata, rows: StepRows | None
+) -> dict[int, list[tuple[int, int]]] | None:
+    """Where pictures are seen in both directions: positions in prompts.
+
+    An answer's row stands behind them all, but not in the table of what is stored.
+    """
+    ranges = common.mm_req_doc_ranges
+    if ranges is None or rows is None:
+        return ranges
+    answers = set(np.flatnonzero(rows.is_answer).tolist())
+    return {row: pictures for row, pictures in ranges.items() if row not in answers}
 
 
 class CUDAImpl(AttentionImpl[Any]):
@@ -288,36 +315,36 @@ class CUDAImpl(AttentionImpl[Any]):
             )
         if ours is None or not (ours.tasks or listed):
             return output
-        name = layer.layer_name
-        cache = CUDACache(
-            kv_cache,
-            self.head_size,
-            self.scale,
-            self.logits_soft_cap,
-            name,
-            ours.lists_of,
-        )
+        cache = self._cache(layer, kv_cache, ours)
         count = ours.num_actual_tokens
         for rows in listed:
-            rows.attend(
-                name,
-                query[:count],
-                cache.keys,
-                cache.values,
-                self.scale,
-                self.logits_soft_cap,
-                output[:count],
-            )
-        work = Layer(extract_layer_index(name), cache, RANKS)
+            rows.attend(cache, query[:count], output[:count])
+        work = Layer(extract_layer_index(cache.layer_name), cache, RANKS)
         for task in ours.tasks:
             work.perform(task, query, output)
         return output
+
+    def _cache(
+        self, layer: Any, kv_cache: torch.Tensor, metadata: CUDAMetadata
+    ) -> CUDACache:
+        scales = None
+        if self.kv_cache_dtype in FP8_CACHES:
+            scales = Scales(layer._q_scale, layer._k_scale, layer._v_scale)
+        return CUDACache(
+            as_numbers(kv_cache),
+            self.head_size,
+            self.scale,
+            self.logits_soft_cap,
+            layer.layer_name,
+            metadata.lists_of,
+            scales,
+        )
 
 
 class CUDABackend(AttentionBackend):
     """A back end of vLLM's that stores and reads what matters."""
 
-    supported_kv_cache_dtypes: ClassVar[list] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list] = [*PLAIN_CACHES, *FP8_CACHES]
 
     @staticmethod
     def get_name() -> str:
@@ -333,11 +360,6 @@ class CUDABackend(AttentionBackend):
     def supports_attn_type(cls, attn_type: str) -> bool:
         """Return True for decoders: nothing else has a cache that we can move."""
         return attn_type == AttentionType.DECODER
-
-    @classmethod
-    def supports_mm_prefix(cls) -> bool:
-        """Return False: rows that attend to what follows them cannot be evicted."""
-        return False
 
     @classmethod
     def supports_sink(cls) -> bool:

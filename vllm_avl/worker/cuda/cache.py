@@ -34,18 +34,30 @@ class ListedCore:
 
 
 @dataclass(frozen=True)
+class Scales:
+    """What the numbers of a layer with an fp8 cache are multiplied by, [] fp32 each."""
+
+    query: torch.Tensor
+    """Of queries that vLLM has quantised, too."""
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+@dataclass(frozen=True)
 class CUDACache:
     """A layer's cache on this rank."""
 
     kv_cache: torch.Tensor
     """[num_blocks, num_kv_heads, block_size, 2 · head_size], keys then values, strides
-    as vLLM chose them."""
+    as vLLM chose them; of the model's dtype or float8_e4m3fn."""
     head_size: int
     scale: float
     soft_cap: float
     layer_name: str = ""
     lists_of: Callable[[RequestState], CoreLists] | None = None
     """Which lists a request's core is in; None where there are none."""
+    scales: Scales | None = None
+    """None where the cache is of the model's dtype."""
 
     @property
     def num_kv_heads(self) -> int:
@@ -75,9 +87,22 @@ class CUDACache:
         output: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `kernels.cuda.vision_scores`; the step has attended all rows."""
-        return vision_scores(
-            query, self.keys, blocks, num_tokens, self.scale, self.soft_cap
-        )
+        query, k_scale = self.unquantised(query)
+        options = self.scale, self.soft_cap, k_scale
+        return vision_scores(query, self.keys, blocks, num_tokens, *options)
+
+    def unquantised(
+        self, query: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return a query as kernels take it, and what they multiply logits by.
+
+        vLLM may hand it over in fp8; fp16 holds all of its numbers.
+        """
+        if self.scales is None:
+            return query, None
+        if query.dtype.itemsize > 1:
+            return query, self.scales.key
+        return query.to(torch.float16), self.scales.query * self.scales.key
 
     def seen(self, task: Task, num_slots: int) -> torch.Tensor:
         """[num_heads or num_kv_heads, num_slots] attention of a row of our kernel's."""

@@ -7,20 +7,13 @@ lies in buffers that are filled before it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_avl.kernels.cuda.select_core import select_core
-from vllm_avl.kernels.cuda.selected_attention import Refresh, selected_attention
-from vllm_avl.worker.step import StepRows
-
-PROGRAMS_PER_DEVICE = 264
-"""Two for each of an H100's multiprocessors."""
-MAX_SPLITS = 16
+NUM_NUMBERS = 5
+"""That say what a row reads, see `listed_rows.select`."""
 
 
 class CoreLists:
@@ -69,7 +62,7 @@ class CoreLists:
         """Put what a step's rows read where its launch looks.
 
         Args:
-            selections: [NUM_NUMBERS, at most num_rows], see `select`.
+            selections: [NUM_NUMBERS, at most num_rows], see `listed_rows.select`.
             num_rows: of the launch; those behind the given ones read all.
         """
         host = np.zeros((NUM_NUMBERS, num_rows), np.int32)
@@ -77,172 +70,3 @@ class CoreLists:
         view = self.selections[:, :num_rows]
         view.copy_(torch.from_numpy(host), non_blocking=True)
         return view
-
-
-NUM_NUMBERS = 5
-
-
-def select(rows: StepRows, found: npt.NDArray) -> npt.NDArray:
-    """Say what rows of a step read, in slots of what is stored.
-
-    Args:
-        rows: of the step.
-        found: [num_rows] bool, whose core is listed; others read all.
-
-    Returns:
-        [NUM_NUMBERS, num_rows]: the first slot behind those of the list, the list's
-        length, whether the row is scored, the end of the slots that compete for core
-        or are listed always, the length of the list that kernels make of the scores (0
-        where they make none).
-    """
-    masked = np.where(found, rows.of["num_masked"], 0)
-    listed = np.where(found, rows.of["num_listed"], 0)
-    ordinary = found & ~rows.reads_all
-    return np.stack(
-        [
-            np.where(ordinary, masked, 0),
-            np.where(ordinary, listed, 0),
-            found & rows.refreshes,
-            masked,
-            np.where(rows.in_pass, listed, 0),
-        ]
-    )
-
-
-@dataclass(frozen=True)
-class ListedRows:
-    """The rows of a step that our kernel attends."""
-
-    lists: CoreLists
-    block_table: torch.Tensor
-    """[num_rows, max_blocks] int32, of what is stored."""
-    seq_lens: torch.Tensor
-    """[num_rows] int32, as block_table."""
-    query_start_loc: torch.Tensor
-    """[num_rows + 1] int32."""
-    selections: torch.Tensor
-    """[NUM_NUMBERS, num_rows] int32."""
-    chooses: bool
-    """Whether any row may choose core anew in this pass."""
-    tokens: torch.Tensor | None
-    """[num_rows] where their queries lie in the step; None where they are the step."""
-
-    def attend(
-        self,
-        layer_name: str,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scale: float,
-        soft_cap: float,
-        output: torch.Tensor,
-    ) -> None:
-        """Write the attention of these rows into `output`.
-
-        Args:
-            layer_name: of the attention layer.
-            query: [num_tokens, num_heads, head_size] of the step.
-            keys: [num_blocks, num_kv_heads, block_size, head_size].
-            values: as keys.
-            scale: softmax scale.
-            soft_cap: tanh cap on the logits, 0 for none.
-            output: as query.
-        """
-        lists = self.lists
-        first_slot, num_core, scored, stop, num_chosen = self.selections
-        core_list = lists.core_list[layer_name]
-        queries = query if self.tokens is None else query[self.tokens]
-        rows = output if self.tokens is None else torch.empty_like(queries)
-        selected_attention(
-            queries,
-            keys,
-            values,
-            self.block_table,
-            self.seq_lens,
-            self.query_start_loc,
-            first_slot,
-            core_list,
-            num_core,
-            scale,
-            soft_cap,
-            output=rows,
-            num_splits=num_splits(len(self.seq_lens) * lists.num_kv_heads),
-            refresh=Refresh(scored, lists.scores, lists.logits),
-        )
-        if self.tokens is not None:
-            output[self.tokens] = rows
-        if self.chooses:
-            select_core(
-                lists.scores,
-                lists.row_tokens[layer_name],
-                core_list,
-                lists.num_entered,
-                self.block_table,
-                keys.shape[2],
-                stop,
-                num_chosen,
-            )
-
-
-def num_splits(num_pairs: int) -> int:
-    """Programs that share a row and KV head, so that a device has enough of them."""
-    splits = 1
-    while splits < MAX_SPLITS and splits * num_pairs < PROGRAMS_PER_DEVICE:
-        splits *= 2
-    return splits
-
-
-def whole_step(
-    lists: CoreLists,
-    common: CommonAttentionMetadata,
-    rows: StepRows | None,
-    found: npt.NDArray,
-) -> ListedRows:
-    """Let our kernel attend every row of a step of decode rows alone.
-
-    So one captured graph serves every such step.
-
-    Args:
-        lists: of core.
-        common: of the step, over what is stored.
-        rows: of the step; None where nothing is adaptive.
-        found: [num_rows] bool, whose core is in these lists.
-    """
-    num_reqs = common.num_reqs
-    selections = np.zeros((NUM_NUMBERS, 0)) if rows is None else select(rows, found)
-    return ListedRows(
-        lists,
-        common.block_table_tensor[:num_reqs],
-        common.seq_lens[:num_reqs],
-        common.query_start_loc[: num_reqs + 1],
-        lists.fill(selections, num_reqs),
-        chooses=True,
-        tokens=None,
-    )
-
-
-def some_rows(
-    lists: CoreLists,
-    common: CommonAttentionMetadata,
-    rows: StepRows,
-    found: npt.NDArray,
-) -> ListedRows:
-    """Let our kernel attend some rows of a step, and vLLM's the others.
-
-    Args:
-        lists: of their core.
-        common: of the step, over what is stored.
-        rows: of the step.
-        found: [num_rows] bool, which rows.
-    """
-    device, selections = lists.device, select(rows, found)[:, found]
-    index = torch.from_numpy(np.flatnonzero(found)).to(device, non_blocking=True)
-    return ListedRows(
-        lists,
-        common.block_table_tensor[index],
-        common.seq_lens[index],
-        torch.arange(len(index) + 1, dtype=torch.int32, device=device),
-        lists.fill(selections, len(index)),
-        chooses=bool(rows.in_pass[found].any()),
-        tokens=common.query_start_loc[index].to(torch.int64),
-    )
