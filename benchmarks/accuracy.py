@@ -24,7 +24,8 @@ import numpy as np
 from scipy.stats import bootstrap
 from tqdm import tqdm
 
-from benchmarks.report import RESULTS, append_rows, machine, print_heading, print_table
+from benchmarks.harness import Benchmark, Report, main
+from benchmarks.report import append_rows, machine
 from benchmarks.scoring.cells import (
     NAMES,
     STOCK,
@@ -54,9 +55,8 @@ VALIDATION = 100_000
 """First question that settings are chosen by; the table asks those from 0 on."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def measure(args: argparse.Namespace, report: Report) -> None:
     """Measure what is missing in the CSV; print the table and draw the plot."""
-    args = parse(argv)
     file = args.results / ("tuning.csv" if args.tune else "accuracy.csv")
     model = {
         "model": checksum(args.model / "model.safetensors")[:8],
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "questions": args.count,
     }
     if not args.only_table:
-        measure(args, file, model)
+        measure_missing(args, file, model)
     wanted = {name: str(value) for name, value in model.items()}
     rows = [
         row
@@ -75,19 +75,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"{file} has no row of {wanted}: measure without --only-table")
     if not args.tune:
         draw(rows, args.results / "accuracy.png")
-    print_heading("Accuracy over KV kept", {**machine(), **model})
-    print_table(tabulate(rows, _score))
+    report.show("Accuracy over KV kept", model, tabulate(rows, _score))
     compared = [row for row in rows if row["diff_low"] or row["name"] == "full"]
     if any(row["diff_low"] for row in compared):
-        print_heading("Less than full, with a paired interval", model)
-        print_table(tabulate(compared, _difference))
+        title = "Less than full, with a paired interval"
+        report.show(title, model, tabulate(compared, _difference))
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
     add = parser.add_argument
     add("--model", type=Path, default=WEIGHTS, help="folder of the checkpoint")
     add("--tasks", nargs="+", choices=ALL_TASKS, default=list(ALL_TASKS))
@@ -104,18 +100,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="vary which prompt rows score, and how, on a validation split; tuning.csv",
     )
-    add("--quick", action="store_true", help="8 questions and a cell of each kind")
     add("--only-table", action="store_true", help="measure nothing")
-    add("--results", type=Path, default=RESULTS, help="folder of CSV and plot")
-    args = parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Choose the cells, and the questions that they are asked."""
     args.first = VALIDATION if args.tune else 0
     args.grid = tuning_grid if args.tune else grid
     if args.quick:
-        args.count, args.grid = 8, quick_grid
-    return args
+        args.grid = quick_grid
 
 
-def measure(args: argparse.Namespace, file: Path, model: dict[str, object]) -> None:
+def measure_missing(
+    args: argparse.Namespace, file: Path, model: dict[str, object]
+) -> None:
     """Answer the questions of every cell that the CSV lacks."""
     done = {tuple(row[name] for name in KEY) for row in read(file)}
     todo = [
@@ -252,5 +250,7 @@ def _key(values: dict[str, object]) -> tuple[str, ...]:
     return tuple(f"{c:g}" if isinstance(c, float) else str(c) for c in cells)
 
 
+BENCHMARK = Benchmark(__doc__, measure, add_options, {"quick": {"count": 8}}, check)
+
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK)

@@ -14,19 +14,27 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from benchmarks import arguments, checkpoints
+from benchmarks import checkpoints
 from benchmarks.decode_watch import Steps, median, watched
-from benchmarks.engines import Engine, Request, check_identity, requests, shortened
+from benchmarks.engines import (
+    STOCK,
+    STOCK_AND_AVL,
+    Request,
+    check_identity,
+    requests,
+    shortened,
+    started,
+)
+from benchmarks.harness import Benchmark, Report, main, model_size, take_turns
 from benchmarks.plots import draw_decode
-from benchmarks.report import append_rows, machine, print_heading, print_table, spread
+from benchmarks.report import ratios, spread
 from benchmarks.testing.models import ModelSize
 
-STOCK = "stock"
 SIZE = ModelSize(
     hidden_size=256,
     intermediate_size=512,
@@ -72,17 +80,14 @@ VARIANTS = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print the tables, append to the CSV and draw the plot."""
-    args = parse(argv)
-    model = checkpoints.build(args.checkpoints, arguments.model_size(args), args.dtype)
-    facts = machine()
+def measure(args: argparse.Namespace, report: Report) -> None:
+    """Measure with each number of images, and draw the times over the lengths."""
+    model = checkpoints.build(args.checkpoints, model_size(args), args.dtype)
     times: dict[str, list[tuple[int, float]]] = {}
     for num_images in args.images:
         workload = requests(args.requests, num_images, args.output_tokens, args.seed)
         bandwidth = copy_bandwidth(args.threads)
-        measured = measure(model, workload, args)
-        rows = summarize(measured, model, bandwidth)
+        rows = summarize(run_all(model, workload, args), model, bandwidth)
         settings = {
             "model": model.describe(),
             "block_size": args.block_size,
@@ -92,22 +97,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             "repeats": args.repeats,
             "copy_gb_per_s": bandwidth / 1e9,
         }
-        if not args.quick:
-            append_rows(
-                args.results / "decode.csv",
-                [{**facts, **settings, **row} for row in rows],
-            )
-        print_heading("Decode steps", {**facts, **settings})
-        print_table([shorten(row) for row in rows])
+        # Percentiles of all but the step's ratio are in the CSV alone.
+        hidden = "^(mean|refresh)_ratio_p"
+        report.add("decode", "Decode steps", settings, rows, hidden)
         for row in rows:
             point = workload[0].prompt_tokens, row["step_ms"]
             times.setdefault(row["variant"], []).append(point)
-    draw_decode(times, args.results / f"decode{'-quick' if args.quick else ''}.png")
+    report.draw("decode", draw_decode, times)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = arguments.make_parser(__doc__, SIZE)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
     parser.set_defaults(threads=2)
     add = parser.add_argument
     add("--requests", type=int, default=8, help="requests in the batch")
@@ -121,56 +121,33 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output-tokens", type=int, default=128, help="of each request")
     add("--dtype", default="bfloat16", help="of the model and its cache")
     add("--block-size", type=int, default=32, help="of both sides")
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.requests, args.images, args.output_tokens = 2, [1], 20
-        args.repeats = 1
-    return args
 
 
-def measure(
+def run_all(
     model: checkpoints.Model, workload: Sequence[Request], args: argparse.Namespace
 ) -> dict[str, list[Steps]]:
     """Run stock and every variant, taking turns."""
     total = sum(request.num_tokens + args.block_size for request in workload)
-    stock, avl = (
-        Engine(
-            model,
-            settings=settings,
-            pool_bytes=(total + args.block_size) * model.bytes_per_token,
-            block_size=args.block_size,
-            max_num_seqs=len(workload),
-            max_model_len=workload[0].num_tokens + args.block_size,
-            max_num_batched_tokens=total,
-            threads=args.threads,
-        )
-        for settings in (None, {})
-    )
-    check_identity(stock, avl, shortened(workload, 8), SAME.xargs)
-    variants: dict[str, Variant | None] = {STOCK: None}
-    variants |= {variant.name: variant for variant in VARIANTS}
-    measured: dict[str, list[Steps]] = {name: [] for name in variants}
-    rounds = args.repeats * len(variants)
-    with tqdm(total=rounds, unit="run", disable=None) as progress:
-        for _ in range(args.repeats):
-            for name, variant in variants.items():
-                progress.set_description(name)
-                engine = stock if variant is None else avl
-                xargs = None if variant is None else variant.xargs
-                measured[name].append(run(engine, workload, xargs))
-                progress.update()
-    for engine in (stock, avl):
-        engine.close()
-    return measured
+    sizes = {
+        "pool_bytes": (total + args.block_size) * model.bytes_per_token,
+        "block_size": args.block_size,
+        "max_num_seqs": len(workload),
+        "max_model_len": workload[0].num_tokens + args.block_size,
+        "max_num_batched_tokens": total,
+        "threads": args.threads,
+    }
+    variants = {variant.name: variant.xargs for variant in VARIANTS}
+    with started(model, STOCK_AND_AVL, **sizes) as engines:
+        stock, avl = engines.values()
+        check_identity(stock, avl, shortened(workload, 8), SAME.xargs)
 
+        def run(name: str, repeat: int) -> Steps:
+            engine = stock if name == STOCK else avl
+            with watched() as steps:
+                steps.run = engine.run(workload, variants.get(name))
+            return steps
 
-def run(
-    engine: Engine, workload: Sequence[Request], xargs: Mapping[str, Any] | None
-) -> Steps:
-    """Serve `workload` once, and watch the attention of every step."""
-    with watched() as steps:
-        steps.run = engine.run(workload, xargs)
-    return steps
+        return take_turns([STOCK, *variants], args.repeats, run)
 
 
 def copy_bandwidth(threads: int) -> float:
@@ -193,12 +170,8 @@ def summarize(
     rows = []
     layers = model.size.num_layers
     for name, turns in measured.items():
-        pairs = list(zip(turns, measured[STOCK], strict=True))
-        ratios = [median(a.seconds()) / median(b.seconds()) for a, b in pairs]
-        means = [
-            statistics.fmean(a.seconds()) / statistics.fmean(b.seconds())
-            for a, b in pairs
-        ]
+        stock = measured[STOCK]
+        pairs = list(zip(turns, stock, strict=True))
         refreshes = [
             median(a.seconds(True)) / median(b.seconds())
             for a, b in pairs
@@ -211,8 +184,8 @@ def summarize(
             {
                 "variant": name,
                 "step_ms": 1e3 * median([median(a.seconds()) for a in turns]),
-                **spread("ratio", ratios),
-                **spread("mean_ratio", means),
+                **ratios("ratio", turns, stock, lambda run: median(run.seconds())),
+                **ratios("mean_ratio", turns, stock, lambda run: fmean(run.seconds())),
                 **spread("refresh_ratio", refreshes or [float("nan")]),
                 "rows_read": read,
                 "attention_ms": 1e3 * attention,
@@ -228,11 +201,8 @@ def summarize(
     return rows
 
 
-def shorten(row: dict[str, Any]) -> dict[str, Any]:
-    """Leave the percentiles of all but the step's ratio to the CSV."""
-    hidden = ("mean_ratio_p", "refresh_ratio_p")
-    return {name: v for name, v in row.items() if not name.startswith(hidden)}
-
+QUICK = {"requests": 2, "images": [1], "output_tokens": 20, "repeats": 1}
+BENCHMARK = Benchmark(__doc__, measure, add_options, {"quick": QUICK}, size=SIZE)
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK)

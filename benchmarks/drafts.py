@@ -24,8 +24,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 from tqdm import tqdm
 
 from benchmarks import eagle_head
-from benchmarks.arguments import CHECKPOINTS
-from benchmarks.report import RESULTS, append_rows, machine, print_heading, print_table
+from benchmarks.harness import CHECKPOINTS, Benchmark, Report, main
 from benchmarks.training.evaluate import ALL_TASKS, Question, max_tokens, questions
 from vllm_avl.bundled import WEIGHTS
 
@@ -60,40 +59,27 @@ class Tally:
         return self.num_tokens / self.seconds
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train the head, answer, and print what was accepted."""
-    args = parse(argv)
+def measure(args: argparse.Namespace, report: Report) -> None:
+    """Train the head unless it is there, and say what was accepted."""
     head = args.checkpoints / f"eagle-head-{args.train_seconds:g}s"
     if not (head / "config.json").exists():
         eagle_head.train(args.train_seconds, head)
-    rows = measure(args, head)
-    facts = machine() | {"train_seconds": args.train_seconds}
-    print_heading("Drafts of an EAGLE head", facts)
-    print_table(rows)
-    if not args.quick:
-        append_rows(args.results / "drafts.csv", [facts | row for row in rows])
+    rows = answer_all(args, head)
+    facts = {"train_seconds": args.train_seconds}
+    report.add("drafts", "Drafts of an EAGLE head", facts, rows)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
     add = parser.add_argument
     add("--tasks", nargs="+", choices=ALL_TASKS, default=["caption", "doc", "two_turn"])
     add("--count", type=int, default=96, help="questions of each task")
     add("--num-drafts", type=int, default=3, help="tokens drafted in a step")
     add("--train-seconds", type=float, default=90, help="of the head, once")
-    add("--quick", action="store_true", help="a few captions, no CSV row")
-    add("--results", type=Path, default=RESULTS, help="folder of the CSV")
     add("--checkpoints", type=Path, default=CHECKPOINTS, help="folder of trained heads")
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.tasks, args.count, args.train_seconds = ["caption"], SEATS, 2
-    return args
 
 
-def measure(args: argparse.Namespace, head: Path) -> list[dict[str, object]]:
+def answer_all(args: argparse.Namespace, head: Path) -> list[dict[str, object]]:
     """Let every engine answer every task, round by round."""
     from benchmarks.testing.engine import Engine
 
@@ -167,5 +153,8 @@ def row(
     }
 
 
+QUICK = {"tasks": ["caption"], "count": SEATS, "train_seconds": 2}
+BENCHMARK = Benchmark(__doc__, measure, add_options, {"quick": QUICK})
+
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK)

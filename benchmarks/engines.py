@@ -7,7 +7,8 @@ import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from benchmarks.checkpoints import VISION_TOKENS_PER_IMAGE, Model
+from benchmarks.report import ratios, spread
 from benchmarks.testing import models
 from benchmarks.testing.models.tokens import BOS
 
@@ -26,6 +28,11 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 STOCK, AVL = "stock", "avl"
+STOCK_AND_AVL: Mapping[str, Mapping[str, Any]] = {
+    STOCK: {"settings": None},
+    AVL: {"settings": {}},
+}
+"""Options of two engines; requests say how they are adapted."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,11 @@ class Run:
         steps = zip(self.step_seconds, self.prompt_step, strict=True)
         return sum(seconds for seconds, is_prompt in steps if is_prompt)
 
+    @property
+    def prompt_share(self) -> float:
+        """Part of the time that those steps took."""
+        return self.prompt_seconds / self.seconds
+
 
 def requests(
     count: int, num_images: int, output_tokens: int, seed: int = 0
@@ -144,10 +156,28 @@ def median(runs: Sequence[Run], value: Callable[[Run], float]) -> float:
     return float(statistics.median(map(value, runs)))
 
 
-def rotated(items: list[Any], count: int) -> list[Any]:
-    """Return `items` from another one on, so that none is always first."""
-    start = count % len(items)
-    return items[start:] + items[:start]
+def counts(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return columns of what is counted, but for the pool's use: exact."""
+    return {
+        "peak_running": max(max(run.running) for run in runs),
+        "mean_running": median(runs, lambda run: statistics.fmean(run.running)),
+        "preemptions": median(runs, lambda run: run.preemptions),
+        "steps": median(runs, lambda run: len(run.running)),
+        "mean_pool_use": median(runs, lambda run: statistics.fmean(run.pool_use)),
+    }
+
+
+def tokens_per_second(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return columns of the speed."""
+    return spread("tokens_per_s", [run.tokens_per_second for run in runs])
+
+
+def gains(runs: Sequence[Run], others: Sequence[Run]) -> dict[str, Any]:
+    """Return columns of the speed over that of others of the same turn."""
+    return {
+        **ratios("ratio", runs, others, lambda run: run.tokens_per_second),
+        **ratios("cpu_ratio", others, runs, lambda run: run.cpu_seconds),
+    }
 
 
 def store(ratio: float | None) -> dict[str, float] | None:
@@ -236,7 +266,6 @@ class Engine:
         self,
         workload: Sequence[Request],
         xargs: Mapping[str, Any] | None = None,
-        on_tokens: Callable[[int], object] = lambda count: None,
         **options: Any,
     ) -> Run:
         """Serve `workload`, all of it waiting from the start, with a cold prefix cache.
@@ -244,13 +273,12 @@ class Engine:
         Args:
             workload: the requests.
             xargs: of every request; None leaves a stock engine alone.
-            on_tokens: told how many tokens each step generated.
             options: of `steps`.
         """
         steps = self.steps(workload, xargs, **options)
         while True:
             try:
-                on_tokens(next(steps))
+                next(steps)
             except StopIteration as end:
                 return end.value
 
@@ -261,8 +289,8 @@ class Engine:
         *,
         follow: Callable[[int, list[int]], Request | None] = lambda index, tokens: None,
         keeps_cache: bool = False,
-    ) -> Generator[int, None, Run]:
-        """Serve as `run` does; yield the tokens of each step, return the run.
+    ) -> Generator[None, None, Run]:
+        """Serve as `run` does; yield behind each step, return the run.
 
         The clock covers the engine's steps: images are resized before, in the front
         end, which a server runs in another process.
@@ -299,7 +327,7 @@ class Engine:
                 place = places[output.request_id]
                 if (request := follow(place, tokens)) is not None:
                     add(request, place)
-            yield run.running[-1]
+            yield
         undo()
         run.outputs = {request_id: run.outputs[request_id] for request_id in places}
         return run
@@ -330,6 +358,17 @@ class Engine:
         request_id = str(self._count)
         self._engine.add_request(request_id, prompt, params)
         return request_id
+
+
+@contextmanager
+def started(
+    model: Model, variants: Mapping[str, Mapping[str, Any]], **options: Any
+) -> Iterator[dict[str, Engine]]:
+    """Start an engine for each variant, with `options` and its own; close them all."""
+    engines = {name: Engine(model, **options, **own) for name, own in variants.items()}
+    yield engines
+    for engine in engines.values():
+        engine.close()
 
 
 def shortened(workload: Sequence[Request], output_tokens: int) -> list[Request]:

@@ -22,17 +22,19 @@ from unittest.mock import patch
 
 from tqdm import tqdm
 
-from benchmarks import arguments, checkpoints
-from benchmarks.engines import STOCK, Engine, Request, Run, requests, run_together
-from benchmarks.plots import draw_host_time
-from benchmarks.report import (
-    append_rows,
-    last_rows,
-    machine,
-    print_heading,
-    print_table,
-    spread,
+from benchmarks import checkpoints
+from benchmarks.engines import (
+    STOCK,
+    Engine,
+    Request,
+    Run,
+    requests,
+    run_together,
+    started,
 )
+from benchmarks.harness import Benchmark, Report, main, model_size
+from benchmarks.plots import draw_host_time
+from benchmarks.report import ratios, spread
 from benchmarks.testing.models import ModelSize
 
 SIZE = ModelSize(
@@ -48,10 +50,10 @@ SIZE = ModelSize(
 )
 STORE = {"store_ratio": 0.5}
 CORE = STORE | {"core_ratio": 0.3, "refresh_interval": 3}
-VARIANTS: dict[str, Mapping[str, Any] | None] = {
-    STOCK: None,
-    "S=0.5": STORE,
-    "S=0.5 C=0.3 K=3": CORE,
+VARIANTS: dict[str, Mapping[str, Any]] = {
+    STOCK: {"settings": None},
+    "S=0.5": {"settings": STORE},
+    "S=0.5 C=0.3 K=3": {"settings": CORE},
 }
 WORKER_PARTS = ("builder", "before", "pass", "after")
 PARTS = (*WORKER_PARTS, "step")
@@ -116,18 +118,32 @@ class Times:
         """Microseconds for each of `count` requests, averaged over the steps."""
         return 1e6 * average(self.seconds[part]) / count
 
+    def median_step(self) -> float:
+        """Seconds of a whole step."""
+        return statistics.median(self.seconds["step"])
+
 
 Measured = dict[str, list[Times]]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print the table and append to the CSV."""
-    args = parse(argv)
-    model = checkpoints.build(args.checkpoints, arguments.model_size(args))
+def measure(args: argparse.Namespace, report: Report) -> None:
+    """Serve one workload on all engines, with room for everything."""
+    model = checkpoints.build(args.checkpoints, model_size(args))
     workload = requests(args.requests, 1, args.output_tokens, args.seed)
-    engines = start(model, workload, args)
-    check(engines, workload)
-    rows = summarize(measure(engines, workload, args), len(workload))
+    longest = workload[0].num_tokens + args.block_size
+    sizes = {
+        "pool_bytes": (len(workload) + 1) * longest * model.bytes_per_token,
+        "block_size": args.block_size,
+        "max_num_seqs": len(workload),
+        "max_model_len": longest,
+        "max_num_batched_tokens": args.prefill_tokens,
+        "threads": args.threads,
+    }
+    with started(model, VARIANTS, **sizes) as engines:
+        for name, engine in engines.items():
+            print(f"{name}: {engine.describe()}")
+        check(engines, workload)
+        rows = summarize(run_all(engines, workload, args.repeats), len(workload))
     settings = {
         "model": model.describe(),
         "block_size": args.block_size,
@@ -136,22 +152,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "output_tokens": args.output_tokens,
         "repeats": args.repeats,
     }
-    facts, file = machine(), args.results / "host_time.csv"
-    if not args.quick:
-        append_rows(file, [{**facts, **settings, **row} for row in rows])
-    draw_host_time(
-        rows if args.quick else last_rows(file, len(rows)),
-        args.results / f"host_time{'-quick' if args.quick else ''}.png",
-    )
-    print_heading("Host time per request and decode step", {**facts, **settings})
-    print_table([shorten(row) for row in rows])
-    for engine in engines.values():
-        engine.close()
+    # Percentiles and means of all but the builder are in the CSV alone.
+    hidden = "^(?!builder).*(_p10|_p90|_mean_over)$"
+    title = "Host time per request and decode step"
+    report.add("host_time", title, settings, rows, hidden)
+    report.draw("host_time", draw_host_time, rows)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = arguments.make_parser(__doc__, SIZE)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
     parser.set_defaults(repeats=5)
     add = parser.add_argument
     add(
@@ -163,33 +172,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output-tokens", type=int, default=64, help="of each request")
     add("--prefill-tokens", type=int, default=16384, help="vLLM's cap for a step")
     add("--block-size", type=int, default=32, help="of all engines")
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.requests, args.output_tokens, args.repeats = 8, 16, 1
-    return args
-
-
-def start(
-    model: checkpoints.Model, workload: Sequence[Request], args: argparse.Namespace
-) -> dict[str, Engine]:
-    """Start all engines with room for everything."""
-    longest = workload[0].num_tokens + args.block_size
-    engines = {
-        name: Engine(
-            model,
-            settings=settings,
-            pool_bytes=(len(workload) + 1) * longest * model.bytes_per_token,
-            block_size=args.block_size,
-            max_num_seqs=len(workload),
-            max_model_len=longest,
-            max_num_batched_tokens=args.prefill_tokens,
-            threads=args.threads,
-        )
-        for name, settings in VARIANTS.items()
-    }
-    for name, engine in engines.items():
-        print(f"{name}: {engine.describe()}")
-    return engines
 
 
 def check(engines: Mapping[str, Engine], workload: Sequence[Request]) -> None:
@@ -210,14 +192,12 @@ def check(engines: Mapping[str, Engine], workload: Sequence[Request]) -> None:
     print("checked: `avl: 0` gives stock's tokens, and avl holds fewer blocks")
 
 
-def measure(
-    engines: Mapping[str, Engine],
-    workload: Sequence[Request],
-    args: argparse.Namespace,
+def run_all(
+    engines: Mapping[str, Engine], workload: Sequence[Request], repeats: int
 ) -> Measured:
-    """Serve the workload `args.repeats` times, a step of each engine in turn."""
+    """Serve the workload `repeats` times, a step of each engine in turn."""
     measured: Measured = {name: [] for name in engines}
-    for _ in tqdm(range(args.repeats), unit="repeat", disable=None):
+    for _ in tqdm(range(repeats), unit="repeat", disable=None):
         with ExitStack() as stack:
             watches = {
                 name: stack.enter_context(watched(engine.worker))
@@ -282,7 +262,7 @@ def summarize(measured: Measured, count: int) -> list[dict[str, object]]:
                 **spread(f"{part}_over", differences(*medians)),
                 f"{part}_mean_over": statistics.median(differences(*means)),
             }
-        row |= spread("step_ratio", ratio_of_steps(of_one, measured[STOCK]))
+        row |= ratios("step_ratio", of_one, measured[STOCK], Times.median_step)
         rows.append(row)
     return rows
 
@@ -292,23 +272,8 @@ def differences(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     return [a - b for a, b in zip(ours, theirs, strict=True)]
 
 
-def ratio_of_steps(ours: Sequence[Times], theirs: Sequence[Times]) -> list[float]:
-    """Return median step over median step, turn by turn."""
-    return [
-        statistics.median(a.seconds["step"]) / statistics.median(b.seconds["step"])
-        for a, b in zip(ours, theirs, strict=True)
-    ]
-
-
-def shorten(row: Mapping[str, object]) -> dict[str, object]:
-    """Leave percentiles and means of all but the builder to the CSV."""
-    hidden = ("_p10", "_p90", "_mean_over")
-    return {
-        name: value
-        for name, value in row.items()
-        if name.startswith("builder") or not name.endswith(hidden)
-    }
-
+QUICK = {"requests": 8, "output_tokens": 16, "repeats": 1}
+BENCHMARK = Benchmark(__doc__, measure, add_options, {"quick": QUICK}, size=SIZE)
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK)

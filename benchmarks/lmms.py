@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.report import RESULTS, append_rows, machine, print_heading, print_table
+from benchmarks.harness import Benchmark, Report, main
 from benchmarks.training.evaluate import ALL_TASKS, MAX_IMAGES
 from vllm_avl.bundled import WEIGHTS
 from vllm_avl.demo.server import ServerError, json_option, serve
@@ -50,25 +50,20 @@ BUNDLED_OPTIONS = [
 ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Serve and ask, policy by policy; print the table and append to the CSV."""
-    args = parse(argv)
+def measure(args: argparse.Namespace, report: Report) -> None:
+    """Serve and ask, policy by policy."""
     rows = []
-    facts = machine()
     for policy in (progress := tqdm(args.policies, unit="policy", disable=None)):
         progress.set_description(policy)
-        found = measure(policy, args)
-        append_rows(args.results / "lmms.csv", [{**facts, **row} for row in found])
+        found = ask_with(policy, args)
+        report.keep("lmms", {}, found)
         rows += found
-    print_heading(f"lmms-eval, S = {args.store_ratio}", {**facts, "model": args.model})
-    print_table(tabulate(rows))
+    title = f"lmms-eval, S = {args.store_ratio}"
+    report.show(title, {"model": args.model}, tabulate(rows))
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
     add = parser.add_argument
     add("--model", default=str(WEIGHTS), help="checkpoint, folder or name")
     add("--tasks", nargs="+", help="of lmms-eval; the bundled ones or the paper's six")
@@ -83,24 +78,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of the environment that has lmms-eval",
     )
     add("--work", type=Path, default=REPOSITORY / ".cache/lmms", help="logs, answers")
-    add("--results", type=Path, default=RESULTS, help="folder of the CSV")
     add("serve", nargs="*", help="further arguments of vllm serve, behind --")
-    args = parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot run, and fill in the tasks and the bundled model's options."""
     unknown = set(args.policies) - set(POLICIES)
     if unknown:
-        parser.error(f"--policies {' '.join(unknown)}: known are {', '.join(POLICIES)}")
+        raise ValueError(
+            f"--policies {' '.join(unknown)}: known are {', '.join(POLICIES)}"
+        )
     if not args.python.exists():
-        parser.error(
+        raise ValueError(
             f"--python {args.python}: not there; deploy/cpu/lmms_eval.sh makes it"
         )
     if args.model == str(WEIGHTS):
         args.tasks = args.tasks or BUNDLED_TASKS
         args.serve = BUNDLED_OPTIONS + args.serve
     args.tasks = args.tasks or PAPER_TASKS
-    return args
 
 
-def measure(policy: str, args: argparse.Namespace) -> list[dict[str, object]]:
+def ask_with(policy: str, args: argparse.Namespace) -> list[dict[str, object]]:
     """Return a row a task.
 
     Raises:
@@ -196,5 +194,9 @@ def tabulate(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
     return list(table.values())
 
 
+BENCHMARK = Benchmark(
+    __doc__, measure, add_options, {"quick": {"limit": 4}}, check=check
+)
+
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,77 +19,63 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from vllm_avl.kernels.cpu import threads
 
-from benchmarks import arguments, checkpoints
-from benchmarks.engines import Engine, Request, requests, store
-from benchmarks.report import append_rows, machine, print_heading, print_table
+from benchmarks import checkpoints
+from benchmarks.engines import (
+    STOCK_AND_AVL,
+    Engine,
+    Request,
+    requests,
+    started,
+    store,
+)
+from benchmarks.harness import Benchmark, Report, main, model_size
 from benchmarks.testing.models import ModelSize
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print the table, append to the CSV; exit code 1 where it is too much."""
-    args = parse(argv)
-    size = arguments.model_size(args)
-    model = checkpoints.build(args.checkpoints, size, args.dtype)
+def measure(args: argparse.Namespace, report: Report) -> None:
+    """Compare both peaks with a layer's kept rows; exit code 1 where it is too much."""
+    model = checkpoints.build(args.checkpoints, model_size(args), args.dtype)
     (request,) = requests(1, args.images, output_tokens=2, seed=args.seed)
-    stock, avl = (start(model, is_avl, request, args) for is_avl in (False, True))
-    warm_up = [replace(request, images=request.images[::-1])]
-    stock.run(warm_up)
-    avl.run(warm_up, store(min(args.store_ratio)))
-    stock_peak = peak_bytes(lambda: stock.run([request]))
-    rows = [
-        measure(model, avl, request, ratio, stock_peak)
-        for ratio in tqdm(args.store_ratio, unit="run", disable=None)
-    ]
-    facts = machine()
+    longest = request.num_tokens + args.block_size
+    sizes = {
+        "pool_bytes": 2 * longest * model.bytes_per_token,
+        "block_size": args.block_size,
+        "max_num_seqs": 1,
+        "max_model_len": longest,
+        # The prompt is computed in one step.
+        "max_num_batched_tokens": longest,
+        "threads": args.threads,
+    }
+    with started(model, STOCK_AND_AVL, **sizes) as engines:
+        stock, avl = engines.values()
+        warm_up = [replace(request, images=request.images[::-1])]
+        stock.run(warm_up)
+        avl.run(warm_up, store(min(args.store_ratio)))
+        stock_peak = peak_bytes(lambda: stock.run([request]))
+        rows = [
+            measure_one(model, avl, request, ratio, stock_peak)
+            for ratio in tqdm(args.store_ratio, unit="run", disable=None)
+        ]
     settings = {
         "model": model.describe(),
         "block_size": args.block_size,
         "prompt_tokens": request.prompt_tokens,
     }
-    if not args.quick:
-        append_rows(
-            args.results / "memory.csv", [{**facts, **settings, **row} for row in rows]
-        )
-    print_heading("Memory beside the cache, in bytes", {**facts, **settings})
-    print_table(rows)
-    stock.close()
-    avl.close()
+    report.add("memory", "Memory beside the cache, in bytes", settings, rows)
     if not all(row["transient_fits"] and row["rise_fits"] for row in rows):
         sys.exit("compaction took more than one layer's kept rows")
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = arguments.make_parser(__doc__, ModelSize())
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
     add = parser.add_argument
     add("--store-ratio", type=float, nargs="+", default=[0.5, 0.2], help="values of S")
     add("--images", type=int, default=4, help="images of the prompt, 576 tokens each")
     add("--block-size", type=int, default=32, help="of both sides")
     add("--dtype", default="float32", choices=["float32", "bfloat16"])
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.images = 2
-    return args
 
 
-def start(
-    model: checkpoints.Model, avl: bool, request: Request, args: argparse.Namespace
-) -> Engine:
-    """Start an engine that computes the prompt in one step."""
-    longest = request.num_tokens + args.block_size
-    return Engine(
-        model,
-        settings={} if avl else None,
-        pool_bytes=2 * longest * model.bytes_per_token,
-        block_size=args.block_size,
-        max_num_seqs=1,
-        max_model_len=longest,
-        max_num_batched_tokens=longest,
-        threads=args.threads,
-    )
-
-
-def measure(
+def measure_one(
     model: checkpoints.Model,
     avl: Engine,
     request: Request,
@@ -152,5 +138,8 @@ def peak_bytes(work: Callable[[], object]) -> int:
     return peak
 
 
+QUICK = {"images": 2}
+BENCHMARK = Benchmark(__doc__, measure, add_options, {"quick": QUICK}, size=ModelSize())
+
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK)

@@ -9,15 +9,22 @@ introspection are on is compared with one that counts nothing for anybody.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks import arguments, checkpoints
-from benchmarks.engines import Engine, Request, Run, requests, run_together
-from benchmarks.report import append_rows, machine, print_heading, print_table, spread
+from benchmarks import checkpoints
+from benchmarks.engines import (
+    Run,
+    gains,
+    requests,
+    run_together,
+    started,
+    tokens_per_second,
+)
+from benchmarks.harness import Benchmark, Report, main, model_size
 from benchmarks.testing.models import ModelSize
 
 PRESSURE = {"engage": "pressure"}
@@ -35,67 +42,68 @@ SIZE = ModelSize(
 
 
 @dataclass(frozen=True)
-class Variant:
-    """How one engine is started."""
-
-    settings: Mapping[str, Any] | None
-    """Of the plug-in; None is stock."""
-    observed: bool = False
-    """Whether statistics are collected, as a server does."""
-
-
-@dataclass(frozen=True)
 class Case:
     """Variants that serve the same requests; the first is the baseline."""
 
     name: str
-    variants: Mapping[str, Variant]
+    variants: Mapping[str, Mapping[str, Any]]
+    """Options of their engines."""
     tight: bool
 
 
 CASES = (
     Case(
         "loose pool",
-        {"stock": Variant(None), "pressure": Variant(PRESSURE)},
+        {"stock": {"settings": None}, "pressure": {"settings": PRESSURE}},
         tight=False,
     ),
     Case(
         "tight pool",
         {
-            "always": Variant({}),
-            "pressure": Variant(PRESSURE),
-            "stock": Variant(None),
+            "always": {"settings": {}},
+            "pressure": {"settings": PRESSURE},
+            "stock": {"settings": None},
         },
         tight=True,
     ),
     Case(
         "observed",
         {
-            "unobserved": Variant(CORE),
-            "metrics": Variant(CORE, observed=True),
-            "metrics and introspection": Variant(
-                CORE | {"introspection": 16}, observed=True
-            ),
+            "unobserved": {"settings": CORE},
+            "metrics": {"settings": CORE, "collects_stats": True},
+            "metrics and introspection": {
+                "settings": CORE | {"introspection": 16},
+                "collects_stats": True,
+            },
         },
         tight=False,
     ),
 )
-
-
 Runs = dict[str, list[Run]]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print the table and append to the CSV."""
-    args = parse(argv)
-    model = checkpoints.build(args.checkpoints, arguments.model_size(args))
+def measure(args: argparse.Namespace, report: Report) -> None:
+    """Let every case's engines serve the same requests, a step of each in turn."""
+    model = checkpoints.build(args.checkpoints, model_size(args))
     workload = requests(args.requests, args.images, args.output_tokens, args.seed)
+    longest = workload[0].num_tokens + args.block_size
+    sizes = {
+        "block_size": args.block_size,
+        "max_num_seqs": args.max_num_seqs,
+        "max_model_len": longest,
+        "threads": args.threads,
+    }
+    cases = [case for case in CASES if args.case in (None, case.name)]
     rows = []
-    total = len(args.cases) * args.repeats
-    with tqdm(total=total, unit="repeat", disable=None) as progress:
-        for case in args.cases:
-            runs = measure(case, model, workload, args, progress)
-            rows += summarize(case, runs)
+    for case in cases:
+        fitting = args.pool_requests if case.tight else 2 * args.max_num_seqs
+        sizes["pool_bytes"] = int(fitting * longest) * model.bytes_per_token
+        with started(model, case.variants, **sizes) as engines:
+            runs: Runs = {name: [] for name in engines}
+            for _ in tqdm(range(args.repeats), case.name, unit="repeat", disable=None):
+                for name, run in run_together(engines, workload).items():
+                    runs[name].append(run)
+        rows += summarize(case, runs)
     settings = {
         "model": model.describe(),
         "requests": len(workload),
@@ -104,19 +112,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "pool_requests": args.pool_requests,
         "repeats": args.repeats,
     }
-    facts = machine()
-    if not args.quick:
-        append_rows(
-            args.results / "operation.csv",
-            [{**facts, **settings, **row} for row in rows],
-        )
-    print_heading("What operating costs", {**facts, **settings})
-    print_table(rows)
+    report.add("operation", "What operating costs", settings, rows)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = arguments.make_parser(__doc__, SIZE)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
     parser.set_defaults(repeats=5)
     add = parser.add_argument
     add("--requests", type=int, default=24, help="requests that wait at the start")
@@ -125,77 +125,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--pool-requests", type=float, default=4.5, help="that fit the tight pool")
     add("--block-size", type=int, default=32, help="of all engines")
     add("--max-num-seqs", type=int, default=8, help="vLLM's cap")
-    add(
-        "--case",
-        choices=[case.name for case in CASES],
-        help="measure this one only",
-    )
-    args = parser.parse_args(argv)
-    args.cases = [case for case in CASES if args.case in (None, case.name)]
-    if args.quick:
-        args.requests, args.output_tokens, args.repeats = 6, 16, 1
-        args.pool_requests = 2.5
-    return args
-
-
-def measure(
-    case: Case,
-    model: checkpoints.Model,
-    workload: Sequence[Request],
-    args: argparse.Namespace,
-    progress: tqdm,
-) -> Runs:
-    """Serve the workload with all variants, step by step."""
-    longest = workload[0].num_tokens + args.block_size
-    fitting = args.pool_requests if case.tight else 2 * args.max_num_seqs
-    engines = {
-        name: Engine(
-            model,
-            settings=variant.settings,
-            collects_stats=variant.observed,
-            pool_bytes=int(fitting * longest) * model.bytes_per_token,
-            block_size=args.block_size,
-            max_num_seqs=args.max_num_seqs,
-            max_model_len=longest,
-            threads=args.threads,
-        )
-        for name, variant in case.variants.items()
-    }
-    runs: Runs = {name: [] for name in engines}
-    progress.set_description(case.name)
-    for _ in range(args.repeats):
-        for name, run in run_together(engines, workload).items():
-            runs[name].append(run)
-        progress.update()
-    for engine in engines.values():
-        engine.close()
-    return runs
+    add("--case", choices=[case.name for case in CASES], help="measure this one only")
 
 
 def summarize(case: Case, of_variant: Runs) -> list[dict[str, object]]:
     """Return a row a variant: its speed over the baseline's of the same turn."""
     baseline = next(iter(of_variant))
-    rows = []
-    for name, runs in of_variant.items():
-        pairs = list(zip(runs, of_variant[baseline], strict=True))
-        rates = [a.tokens_per_second / b.tokens_per_second for a, b in pairs]
-        rows.append(
-            {
-                "case": case.name,
-                "variant": name,
-                "adapted": len(runs[-1].adapted),
-                "peak_running": max(max(run.running) for run in runs),
-                "preemptions": runs[-1].preemptions,
-                **spread("tokens_per_s", [run.tokens_per_second for run in runs]),
-                "baseline": baseline,
-                **spread("ratio", rates),
-                **spread(
-                    "cpu_ratio", [b.cpu_seconds / a.cpu_seconds for a, b in pairs]
-                ),
-            }
-        )
-    return rows
+    return [
+        {
+            "case": case.name,
+            "variant": name,
+            "adapted": len(runs[-1].adapted),
+            "peak_running": max(max(run.running) for run in runs),
+            "preemptions": runs[-1].preemptions,
+            **tokens_per_second(runs),
+            "baseline": baseline,
+            **gains(runs, of_variant[baseline]),
+        }
+        for name, runs in of_variant.items()
+    ]
 
+
+QUICK = {"requests": 6, "output_tokens": 16, "repeats": 1, "pool_requests": 2.5}
+BENCHMARK = Benchmark(__doc__, measure, add_options, {"quick": QUICK}, size=SIZE)
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK)

@@ -14,23 +14,23 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-from tqdm import tqdm
-
-from benchmarks import arguments, checkpoints
+from benchmarks import checkpoints
 from benchmarks.engines import (
+    AVL,
     Engine,
     Request,
     Run,
     check_identity,
     requests,
-    rotated,
     shortened,
+    started,
     store,
 )
-from benchmarks.report import append_rows, machine, print_heading, print_table, spread
+from benchmarks.harness import Benchmark, Report, main, model_size, take_turns
+from benchmarks.report import ratios, spread
 from benchmarks.testing.models import ModelSize
 
-AVL, SAME, SHIPPED = "avl", "stock, same block size", "stock, shipped"
+SAME, SHIPPED = "stock, same block size", "stock, shipped"
 Runs = dict[tuple[str, int], list[Run]]
 
 
@@ -41,18 +41,29 @@ class Compactions:
     seconds: float = 0.0
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print the table and append to the CSV."""
-    args = parse(argv)
-    model = checkpoints.build(args.checkpoints, arguments.model_size(args))
-    workload = requests(
-        max(args.concurrent), args.images, args.output_tokens, args.seed
-    )
-    engines = start(model, workload, args)
-    sample = shortened(workload[:2], 8)
-    engines[SHIPPED].run(sample)
-    check_identity(engines[SAME], engines[AVL], sample)
-    runs, shares = measure(engines, workload, args)
+def measure(args: argparse.Namespace, report: Report) -> None:
+    """Run the three engines at every concurrency, each with twice the pool it needs."""
+    model = checkpoints.build(args.checkpoints, model_size(args))
+    count = max(args.concurrent)
+    workload = requests(count, args.images, args.output_tokens, args.seed)
+    longest = workload[0].num_tokens + args.block_size
+    sizes = {
+        "pool_bytes": 2 * len(workload) * longest * model.bytes_per_token,
+        "max_num_seqs": len(workload),
+        "max_model_len": longest,
+        "threads": args.threads,
+    }
+    variants = {
+        AVL: {"settings": {}, "block_size": args.block_size},
+        SAME: {"settings": None, "block_size": args.block_size},
+        SHIPPED: {"settings": None, "block_size": None},
+    }
+    with started(model, variants, **sizes) as engines:
+        sample = shortened(workload[:2], 8)
+        engines[SHIPPED].run(sample)
+        check_identity(engines[SAME], engines[AVL], sample)
+        runs, shares = run_all(engines, workload, args)
+        rows = summarize(engines, runs, args.concurrent)
     settings = {
         "model": model.describe(),
         "store_ratio": args.store_ratio,
@@ -60,23 +71,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "output_tokens": args.output_tokens,
         "repeats": args.repeats,
     }
-    rows = summarize(engines, runs, args.concurrent)
-    facts, share = machine(), spread("compaction_percent_of_prefill", shares)
-    if not args.quick:
-        append_rows(
-            args.results / "overhead.csv",
-            [{**facts, **settings, **row, **share} for row in rows],
-        )
-    print_heading("Cost over stock, memory not short", {**facts, **settings})
-    print_table(rows)
-    print_table([share])
-    for engine in engines.values():
-        engine.close()
+    share = spread("compaction_percent_of_prefill", shares)
+    title = "Cost over stock, memory not short"
+    report.add("overhead", title, settings, [row | share for row in rows])
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = arguments.make_parser(__doc__, ModelSize())
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
     parser.set_defaults(repeats=7)
     add = parser.add_argument
     add("--store-ratio", type=float, default=0.5, help="S")
@@ -84,33 +85,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images", type=int, default=4, help="images a prompt, 576 tokens each")
     add("--output-tokens", type=int, default=256, help="of each request")
     add("--block-size", type=int, default=32, help="of both sides in the first rows")
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.concurrent, args.output_tokens, args.repeats = [1, 2], 16, 1
-    return args
 
 
-def start(
-    model: checkpoints.Model, workload: Sequence[Request], args: argparse.Namespace
-) -> dict[str, Engine]:
-    """Start the three engines, each with twice the pool that the requests need."""
-    longest = workload[0].num_tokens + args.block_size
-    block_sizes = {AVL: args.block_size, SAME: args.block_size, SHIPPED: None}
-    return {
-        name: Engine(
-            model,
-            settings={} if name == AVL else None,
-            pool_bytes=2 * len(workload) * longest * model.bytes_per_token,
-            block_size=block_size,
-            max_num_seqs=len(workload),
-            max_model_len=longest,
-            threads=args.threads,
-        )
-        for name, block_size in block_sizes.items()
-    }
-
-
-def measure(
+def run_all(
     engines: dict[str, Engine], workload: Sequence[Request], args: argparse.Namespace
 ) -> tuple[Runs, list[float]]:
     """Run every engine at every concurrency, taking turns.
@@ -119,19 +96,19 @@ def measure(
         the runs by engine and concurrency, and what scoring and compaction take of the
         prompt's steps, in percent, for each adaptive run.
     """
-    runs: Runs = {(name, n): [] for name in engines for n in args.concurrent}
     shares = []
-    with tqdm(total=len(runs) * args.repeats, unit="run", disable=None) as progress:
-        for repeat in range(args.repeats):
-            for name, count in rotated(list(runs), repeat):
-                ratio = args.store_ratio if name == AVL else None
-                with timed_compactions() as compactions:
-                    run = engines[name].run(workload[:count], store(ratio))
-                if name == AVL:
-                    shares.append(100 * compactions.seconds / run.prompt_seconds)
-                runs[name, count].append(run)
-                progress.update()
-    return runs, shares
+
+    def run(variant: tuple[str, int], repeat: int) -> Run:
+        name, count = variant
+        ratio = args.store_ratio if name == AVL else None
+        with timed_compactions() as compactions:
+            found = engines[name].run(workload[:count], store(ratio))
+        if name == AVL:
+            shares.append(100 * compactions.seconds / found.prompt_seconds)
+        return found
+
+    variants = [(name, count) for name in engines for count in args.concurrent]
+    return take_turns(variants, args.repeats, run), shares
 
 
 @contextmanager
@@ -158,7 +135,6 @@ def summarize(
     for baseline in (SAME, SHIPPED):
         for count in concurrent:
             ours, theirs = runs[AVL, count], runs[baseline, count]
-            pairs = list(zip(ours, theirs, strict=True))
             rows.append(
                 {
                     "baseline": baseline,
@@ -167,14 +143,15 @@ def summarize(
                     "concurrent": count,
                     **spread("avl_s", [run.seconds for run in ours]),
                     **spread("stock_s", [run.seconds for run in theirs]),
-                    **spread("ratio", [a.seconds / b.seconds for a, b in pairs]),
-                    **spread(
-                        "cpu_ratio", [a.cpu_seconds / b.cpu_seconds for a, b in pairs]
-                    ),
+                    **ratios("ratio", ours, theirs, lambda run: run.seconds),
+                    **ratios("cpu_ratio", ours, theirs, lambda run: run.cpu_seconds),
                 }
             )
     return rows
 
 
+QUICK = {"concurrent": [1, 2], "output_tokens": 16, "repeats": 1}
+BENCHMARK = Benchmark(__doc__, measure, add_options, {"quick": QUICK}, size=ModelSize())
+
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK)

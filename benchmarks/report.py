@@ -5,16 +5,17 @@ from __future__ import annotations
 import csv
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cpuinfo
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+Run = TypeVar("Run")
 
 
 def machine() -> dict[str, object]:
@@ -70,12 +71,6 @@ def append_rows(file: Path, rows: Sequence[Mapping[str, object]]) -> None:
         writer.writerows({k: _text(v) for k, v in row.items()} for row in rows)
 
 
-def last_rows(file: Path, count: int) -> list[dict[str, str]]:
-    """Return the last `count` rows of a CSV file."""
-    with file.open(newline="") as lines:
-        return list(csv.DictReader(lines))[-count:]
-
-
 def spread(name: str, values: Sequence[float]) -> dict[str, Any]:
     """Return median, 10th and 90th percentile as columns that begin with `name`."""
     if len(values) == 1:
@@ -86,6 +81,17 @@ def spread(name: str, values: Sequence[float]) -> dict[str, Any]:
         f"{name}_p10": deciles[0],
         f"{name}_p90": deciles[-1],
     }
+
+
+def ratios(
+    name: str,
+    ours: Sequence[Run],
+    theirs: Sequence[Run],
+    value: Callable[[Run], float],
+) -> dict[str, Any]:
+    """Return `spread` of our value over theirs of the same turn."""
+    pairs = zip(ours, theirs, strict=True)
+    return spread(name, [value(a) / value(b) for a, b in pairs])
 
 
 def _text(value: object) -> str:

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.testing.models import ModelSize, random_image
+from benchmarks.testing.models.architectures import llava_next_parts, llava_parts
 from benchmarks.testing.models.tokens import (
     BOS,
     CHAT_TEMPLATE,
@@ -43,7 +44,6 @@ TILE_TOKENS = (TILE // PATCH) ** 2
 # What the chat template adds to text and pictures, generously.
 TEMPLATE_TOKENS = 48
 IMAGE = "<image>"
-PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 VICUNA_7B = ModelSize(
     hidden_size=4096,
     num_layers=32,
@@ -263,34 +263,12 @@ def write(name: str, folder: Path) -> Path:
     model = MODELS[name]
     architecture = "llava_next" if model.any_resolution else "llava"
     tokenizer = _tokenizer(model.vocab_size, PLACEHOLDERS[architecture])
-    parts = {
-        "vision_config": _vision_config(model.size),
-        "text_config": _text_config(model.size, tokenizer),
-        "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE),
-        "image_seq_length": TILE_TOKENS,
-    }
-    shared = {
-        "tokenizer": tokenizer,
-        "patch_size": PATCH,
-        "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1,
-        "chat_template": tokenizer.chat_template,
-    }
-    pixels = {
-        "size": {"shortest_edge": TILE},
-        "crop_size": {"height": TILE, "width": TILE},
-    }
+    config: transformers.PretrainedConfig
     if model.any_resolution:
-        config = transformers.LlavaNextConfig(**parts, image_grid_pinpoints=PINPOINTS)
-        images = transformers.LlavaNextImageProcessor(
-            **pixels, image_grid_pinpoints=PINPOINTS
-        )
-        processor = transformers.LlavaNextProcessor(image_processor=images, **shared)
+        config, processor = llava_next_parts(model.size, tokenizer, TILE)
         config.architectures = ["LlavaNextForConditionalGeneration"]
     else:
-        config = transformers.LlavaConfig(**parts)
-        images = transformers.CLIPImageProcessor(**pixels)
-        processor = transformers.LlavaProcessor(image_processor=images, **shared)
+        config, processor = llava_parts(model.size, tokenizer)
         config.architectures = ["LlavaForConditionalGeneration"]
     config.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -318,34 +296,3 @@ def _words(count: int) -> Sequence[str]:
     """Return words of four letters with the space before them, as vocabularies do."""
     letters = itertools.product(string.ascii_lowercase, repeat=4)
     return ["Ġ" + "".join(word) for word in itertools.islice(letters, count)]
-
-
-def _text_config(
-    size: ModelSize, tokenizer: PreTrainedTokenizerFast
-) -> transformers.LlamaConfig:
-    return transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=size.hidden_size,
-        intermediate_size=size.intermediate_size,
-        num_hidden_layers=size.num_layers,
-        num_attention_heads=size.num_heads,
-        num_key_value_heads=size.num_kv_heads,
-        head_dim=size.head_size,
-        max_position_embeddings=size.max_position_embeddings,
-        rms_norm_eps=1e-5,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,
-    )
-
-
-def _vision_config(size: ModelSize) -> transformers.CLIPVisionConfig:
-    return transformers.CLIPVisionConfig(
-        hidden_size=size.vision_hidden_size,
-        intermediate_size=size.vision_intermediate_size,
-        num_hidden_layers=size.vision_num_layers,
-        num_attention_heads=size.vision_num_heads,
-        image_size=TILE,
-        patch_size=PATCH,
-    )

@@ -23,7 +23,7 @@ import itertools
 import signal
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -36,17 +36,10 @@ from matplotlib import pyplot
 from tqdm import tqdm
 
 from benchmarks import served_models
-from benchmarks.arguments import CHECKPOINTS
 from benchmarks.figures import save
 from benchmarks.gpu.environment import gpu
-from benchmarks.report import (
-    RESULTS,
-    append_rows,
-    machine,
-    print_heading,
-    print_table,
-    spread,
-)
+from benchmarks.harness import CHECKPOINTS, Benchmark, Report, main
+from benchmarks.report import ratios, spread
 from benchmarks.served_models import MODELS, Client, Run, Workload
 from vllm_avl.demo.server import ONE_THREAD, Server, ServerError, serve
 
@@ -121,9 +114,8 @@ Runs = dict[tuple[str, int], list[Run]]
 """By variant and concurrency, one a repeat."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, and for each measurement print a table, add CSV rows, draw a plot."""
-    args = parse(argv)
+def measure(args: argparse.Namespace, report: Report) -> None:
+    """Start servers and ask them, for one measurement after the other."""
     # The default would end this process at once and leave a server behind.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     folder = served_models.write(args.model, args.checkpoints / f"dummy-{args.model}")
@@ -133,38 +125,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             runs = bench.measure()
         except (ServerError, httpx.HTTPError, openai.APIError) as error:
             raise SystemExit(f"{error}\nlogs: {args.logs}") from error
-        facts = {**machine(), **gpu(), **bench.settings}
-        rows = summarize(load, runs)
-        if not args.quick:
-            append_rows(args.results / "serving.csv", [{**facts, **r} for r in rows])
-        print_heading(f"Serving, {load.name}", facts)
-        print_table([{name: row[name] for name in SHOWN[load.name]} for row in rows])
-        suffix = "-quick" if args.quick else ""
-        plot = args.results / f"serving-{load.name}-{args.model}{suffix}.png"
-        draw(load, runs, plot)
+        facts, rows = {**gpu(), **bench.settings}, summarize(load, runs)
+        report.keep("serving", facts, rows)
+        shown = [{name: row[name] for name in SHOWN[load.name]} for row in rows]
+        report.show(f"Serving, {load.name}", facts, shown)
+        report.draw(f"serving-{load.name}-{args.model}", draw, load, runs)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add_options(parser.add_argument)
-    if parser.parse_known_args(argv)[0].quick:
-        parser.set_defaults(**QUICK)
-    args = parser.parse_args(argv)
-    model = MODELS[args.model]
-    lengths = (args.images or model.images, args.text_tokens, args.output_tokens)
-    try:
-        args.settings = [setting(text) for text in args.settings]
-        args.workload = Workload(model, *lengths, args.block_size, args.dtype)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
-
-
-def add_options(add: Callable[..., object]) -> None:
-    """Declare the options, `add` being a parser's `add_argument`."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
     add("--model", choices=sorted(MODELS), default="tiny", help="shape of the model")
     add("--measure", nargs="+", choices=list(SHOWN), default=list(SHOWN), help="what")
     add(
@@ -193,10 +163,16 @@ def add_options(add: Callable[..., object]) -> None:
     add("--scrape-seconds", type=float, default=1.0, help="between looks at /metrics")
     add("--start-seconds", type=float, default=900, help="a server may take to start")
     add("--run-seconds", type=float, default=1800, help="a client may take")
-    add("--quick", action="store_true", help="one short turn, eager, no CSV row")
-    add("--results", type=Path, default=RESULTS, help="folder of CSV and plots")
     add("--checkpoints", type=Path, default=CHECKPOINTS, help="folder of the models")
     add("--logs", type=Path, default=CHECKPOINTS / "serving-logs", help="folder, kept")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Read the settings, and make the workload of the lengths."""
+    args.settings = [setting(text) for text in args.settings]
+    model = MODELS[args.model]
+    lengths = (args.images or model.images, args.text_tokens, args.output_tokens)
+    args.workload = Workload(model, *lengths, args.block_size, args.dtype)
 
 
 def setting(text: str) -> dict[str, float]:
@@ -376,10 +352,7 @@ def summarize(load: Load, runs: Runs) -> list[dict[str, object]]:
         for column, fact in CLIENT_FACTS.items():
             row[column] = statistics.median(run.facts[fact] for run in of_one)
         for column, fact in RATIOS.items():
-            pairs = zip(of_one, stock, strict=True)
-            row |= spread(
-                column, [ours.facts[fact] / s.facts[fact] for ours, s in pairs]
-            )
+            row |= ratios(column, of_one, stock, lambda run, fact=fact: run.facts[fact])
         rows.append(row)
     return rows
 
@@ -407,5 +380,7 @@ def draw(load: Load, runs: Runs, file: Path) -> None:
     save(figure, file)
 
 
+BENCHMARK = Benchmark(__doc__, measure, add_options, {"quick": QUICK}, check)
+
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK)

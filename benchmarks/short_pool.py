@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from PIL import Image
-from tqdm import tqdm
 
 from benchmarks.conversation import Pictures, begin, following, questions
-from benchmarks.engines import AVL, STOCK, Engine, Run, median, rotated
-from benchmarks.report import spread
+from benchmarks.engines import (
+    AVL,
+    STOCK,
+    Engine,
+    Run,
+    counts,
+    gains,
+    median,
+    tokens_per_second,
+)
+from benchmarks.harness import take_turns
 
 Runs = dict[str, list[Run]]
 Images = Sequence[list[Image.Image]]
@@ -61,42 +68,28 @@ def check(load: Load, engines: Mapping[str, Engine], pictures: Pictures) -> None
     few.serve(engines[AVL], images)
 
 
-def measure(
+def run_all(
     load: Load, engines: Mapping[str, Engine], pictures: Pictures, repeats: int
 ) -> Runs:
-    """Run the load `repeats` times on every engine, taking turns; fresh pictures."""
-    runs: Runs = {name: [] for name in engines}
-    with tqdm(total=repeats * len(engines), unit="run", disable=None) as progress:
-        for repeat in range(repeats):
-            images = load.images(pictures)
-            for name in rotated(list(engines), repeat):
-                progress.set_description(f"{load.part}, {name}")
-                runs[name].append(load.serve(engines[name], images))
-                progress.update()
-    return runs
+    """Run the load `repeats` times on every engine, with fresh pictures each time."""
+    images = [load.images(pictures) for _ in range(repeats)]
+
+    def run(name: str, repeat: int) -> Run:
+        return load.serve(engines[name], images[repeat])
+
+    return take_turns(engines, repeats, run)
 
 
 def summarize(runs: Runs) -> list[dict[str, object]]:
     """Return a row an engine: counts, and rates relative to stock's of its turn."""
-    rows = []
-    for name, of_one in runs.items():
-        pairs = list(zip(of_one, runs[STOCK], strict=True))
-        rates = [a.tokens_per_second / b.tokens_per_second for a, b in pairs]
-        rows.append(
-            {
-                "variant": name,
-                "peak_running": max(max(run.running) for run in of_one),
-                "mean_running": median(of_one, lambda r: statistics.fmean(r.running)),
-                "preemptions": median(of_one, lambda run: run.preemptions),
-                "steps": median(of_one, lambda run: len(run.running)),
-                "mean_pool_use": median(of_one, lambda r: statistics.fmean(r.pool_use)),
-                "hit_rate": median(of_one, lambda run: run.hit_rate),
-                "prompt_share": median(of_one, lambda r: r.prompt_seconds / r.seconds),
-                **spread("tokens_per_s", [run.tokens_per_second for run in of_one]),
-                **spread("ratio", rates),
-                **spread(
-                    "cpu_ratio", [b.cpu_seconds / a.cpu_seconds for a, b in pairs]
-                ),
-            }
-        )
-    return rows
+    return [
+        {
+            "variant": name,
+            **counts(of_one),
+            "hit_rate": median(of_one, lambda run: run.hit_rate),
+            "prompt_share": median(of_one, lambda run: run.prompt_share),
+            **tokens_per_second(of_one),
+            **gains(of_one, runs[STOCK]),
+        }
+        for name, of_one in runs.items()
+    ]

@@ -29,7 +29,7 @@ from pathlib import Path
 import httpx
 from tqdm import tqdm
 
-from benchmarks.arguments import CHECKPOINTS
+from benchmarks.harness import CHECKPOINTS
 from benchmarks.report import RESULTS, append_rows, machine, print_heading, print_table
 from benchmarks.soaking import faults, names, probes, stock, target
 from benchmarks.soaking.aborts import Aborts

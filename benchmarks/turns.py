@@ -12,22 +12,17 @@ before, in a pool that is shorter still. Answers are greedy and of one length.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from benchmarks import arguments, checkpoints, short_pool
+from benchmarks import checkpoints, short_pool
 from benchmarks.conversation import Pictures, ask, begin, longest
-from benchmarks.engines import AVL, STOCK, Engine, Run, median, rotated
+from benchmarks.engines import AVL, STOCK, Engine, Run, median, started
+from benchmarks.harness import Benchmark, Report, main, model_size, rotated
 from benchmarks.plots import draw_turns
-from benchmarks.report import (
-    append_rows,
-    last_rows,
-    machine,
-    print_heading,
-    print_table,
-    spread,
-)
+from benchmarks.report import ratios, spread
 from benchmarks.short_pool import Load
 from benchmarks.testing.models import ModelSize
 
@@ -46,24 +41,20 @@ Turns = dict[tuple[int, int], dict[str, list[Run]]]
 """By pictures and turn, then by engine, one a repeat."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure each part, print its table and append to its CSV; draw the turns."""
-    args = parse(argv)
-    model = checkpoints.build(args.checkpoints, arguments.model_size(args), args.dtype)
+def measure(args: argparse.Namespace, report: Report) -> None:
+    """Measure each part, and draw the turns."""
+    model = checkpoints.build(args.checkpoints, model_size(args), args.dtype)
     pictures = Pictures(args.seed)
     if args.images:
-        report_turns(model, pictures, args)
-    for pool_requests in args.pool_requests if args.chats else ():
-        report_together("chats", args.chats, pool_requests, model, pictures, args)
-    if args.questions:
-        report_together(
-            "questions", args.questions, args.question_pool, model, pictures, args
-        )
+        report_turns(model, pictures, args, report)
+    loads = [("chats", args.chats, pool) for pool in args.pool_requests]
+    for load in [*loads, ("questions", args.questions, args.question_pool)]:
+        if load[1]:
+            report_together(*load, model, pictures, args, report)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = arguments.make_parser(__doc__, SIZE)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
     parser.set_defaults(repeats=7)
     add = parser.add_argument
     add(
@@ -95,42 +86,36 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--store-ratio", type=float, help="S below 1; unless given, avl's default")
     add("--block-size", type=int, default=32, help="of both sides")
     add("--dtype", default="bfloat16", help="of both sides")
-    args = parser.parse_args(argv)
+
+
+def check_ratio(args: argparse.Namespace) -> None:
+    """Refuse a ratio with which nothing would be evicted."""
     if args.store_ratio is not None and args.store_ratio >= 1:
-        parser.error(f"--store-ratio {args.store_ratio:g} must be below 1")
-    if args.quick:
-        args.images, args.output_tokens, args.repeats = [1], 8, 2
-        args.chats, args.questions = 3, 4
-        args.pool_images, args.pool_output_tokens, args.pool_requests = 1, 12, [2.2]
-        args.num_layers, args.hidden_size = 2, 128
-        args.num_heads = args.num_kv_heads = 2
-    return args
+        raise ValueError(f"--store-ratio {args.store_ratio:g} must be below 1")
 
 
-def start(
+@contextmanager
+def both(
     model: checkpoints.Model, pool_tokens: int, length: int, args: argparse.Namespace
-) -> Engines:
+) -> Iterator[Engines]:
     """Start stock and `avl` with the same options; avl's settings are its defaults."""
     ratio = args.store_ratio
     settings = {} if ratio is None else {"store_ratio": ratio}
     blocks = -(-pool_tokens // args.block_size) + 1
-    engines = {
-        name: Engine(
-            model,
-            settings=of_plugin,
-            pool_bytes=blocks * args.block_size * model.bytes_per_token,
-            block_size=args.block_size,
-            max_num_seqs=max(args.chats, args.questions, 1),
-            max_model_len=length + args.block_size,
-            threads=args.threads,
-        )
-        for name, of_plugin in ((STOCK, None), (AVL, settings))
-    }
-    for name, engine in engines.items():
-        print(f"{name}: {engine.describe()}")
-        if not engine.in_force["prefix_caching"]:
-            raise SystemExit(f"{name} has no prefix cache: nothing was timed")
-    return engines
+    with started(
+        model,
+        {STOCK: {"settings": None}, AVL: {"settings": settings}},
+        pool_bytes=blocks * args.block_size * model.bytes_per_token,
+        block_size=args.block_size,
+        max_num_seqs=max(args.chats, args.questions, 1),
+        max_model_len=length + args.block_size,
+        threads=args.threads,
+    ) as engines:
+        for name, engine in engines.items():
+            print(f"{name}: {engine.describe()}")
+            if not engine.in_force["prefix_caching"]:
+                raise SystemExit(f"{name} has no prefix cache: nothing was timed")
+        yield engines
 
 
 def check(engines: Engines, pictures: Pictures, args: argparse.Namespace) -> None:
@@ -158,32 +143,29 @@ def check(engines: Engines, pictures: Pictures, args: argparse.Namespace) -> Non
 
 
 def report_turns(
-    model: checkpoints.Model, pictures: Pictures, args: argparse.Namespace
+    model: checkpoints.Model,
+    pictures: Pictures,
+    args: argparse.Namespace,
+    report: Report,
 ) -> None:
-    """Measure one turn at a time, and print, append and draw what was found."""
+    """Measure one turn at a time."""
     length = longest(max(args.images), args.turns, args.output_tokens)
-    engines = start(model, 2 * length, length, args)
-    check(engines, pictures, args)
-    turns = measure_turns(engines, pictures, args)
-    rows = summarize_turns(turns, engines[STOCK])
-    settings = {
-        "model": model.describe(),
-        "store_ratio": engines[AVL].in_force["store_ratio"],
-        "block_size": args.block_size,
-        "output_tokens": args.output_tokens,
-        "repeats": args.repeats,
-    }
-    facts, file = {**machine(), **settings}, args.results / "turns.csv"
-    if not args.quick:
-        append_rows(file, [{**facts, **row} for row in rows])
-    draw_turns(
-        rows if args.quick else last_rows(file, len(rows)),
-        args.results / f"turns{'-quick' if args.quick else ''}.png",
-    )
-    print_heading("A turn of a chat, one request at a time", facts)
-    print_table([shorten(row) for row in rows])
-    for engine in engines.values():
-        engine.close()
+    with both(model, 2 * length, length, args) as engines:
+        check(engines, pictures, args)
+        turns = measure_turns(engines, pictures, args)
+        rows = summarize_turns(turns, engines[STOCK])
+        settings = {
+            "model": model.describe(),
+            "store_ratio": engines[AVL].in_force["store_ratio"],
+            "block_size": args.block_size,
+            "output_tokens": args.output_tokens,
+            "repeats": args.repeats,
+        }
+    # Percentiles of all but the ratio, and CPU ratios, are in the CSV alone.
+    hidden = r"^(?!ratio).*(_p\d\d$|cpu)"
+    title = "A turn of a chat, one request at a time"
+    report.add("turns", title, settings, rows, hidden)
+    report.draw("turns", draw_turns, rows)
 
 
 def measure_turns(
@@ -216,7 +198,7 @@ def summarize_turns(turns: Turns, stock: Engine) -> list[dict[str, object]]:
         row: dict[str, object] = {
             "pictures": num_images,
             "turn": turn,
-            "prompt_tokens": median(runs[STOCK], lambda r: prompt_tokens(r)),
+            "prompt_tokens": median(runs[STOCK], prompt_tokens),
         }
         for name, of_one in runs.items():
             row |= {
@@ -230,10 +212,13 @@ def summarize_turns(turns: Turns, stock: Engine) -> list[dict[str, object]]:
                     of_one, lambda run: num_blocks * run.pool_use[-1]
                 ),
             }
-        row |= ratios("ratio", runs, ttft)
-        row |= ratios("steps_ratio", runs, lambda run: run.first_token_seconds)
-        row |= ratios("cpu_ratio", runs, lambda run: run.first_token_cpu_seconds)
-        row |= ratios("answer_ratio", runs, whole)
+        for column, value in (
+            ("ratio", ttft),
+            ("steps_ratio", lambda run: run.first_token_seconds),
+            ("cpu_ratio", lambda run: run.first_token_cpu_seconds),
+            ("answer_ratio", whole),
+        ):
+            row |= ratios(column, runs[AVL], runs[STOCK], value)
         rows.append(row)
     return rows
 
@@ -258,23 +243,6 @@ def prompt_tokens(run: Run) -> int:
     return sum(run.prompt_tokens.values())
 
 
-def ratios(
-    name: str, runs: Mapping[str, Sequence[Run]], value: Callable[[Run], float]
-) -> dict[str, float]:
-    """Return avl's value over stock's of the same turn and repeat."""
-    pairs = zip(runs[AVL], runs[STOCK], strict=True)
-    return spread(name, [value(ours) / value(theirs) for ours, theirs in pairs])
-
-
-def shorten(row: Mapping[str, object]) -> dict[str, object]:
-    """Leave the percentiles of all but the ratio, and CPU ratios, to the CSV."""
-    return {
-        name: value
-        for name, value in row.items()
-        if name.startswith("ratio") or not ("_p" in name[-4:] or "cpu" in name)
-    }
-
-
 def report_together(
     part: str,
     count: int,
@@ -282,38 +250,41 @@ def report_together(
     model: checkpoints.Model,
     pictures: Pictures,
     args: argparse.Namespace,
+    report: Report,
 ) -> None:
-    """Measure `count` requests at once in a short pool, print and append the rows."""
+    """Measure `count` requests at once in a short pool."""
     num_turns = args.turns if part == "chats" else 1
     length = longest(args.pool_images, num_turns, args.pool_output_tokens)
     length += args.block_size  # a question's number, and rounding to whole blocks
-    engines = start(model, int(pool_requests * length), length, args)
     load = Load(part, count, args.pool_images, num_turns, args.pool_output_tokens)
-    short_pool.check(load, engines, pictures)
-    rows = short_pool.summarize(
-        short_pool.measure(load, engines, pictures, args.repeats)
-    )
-    settings = {
-        "model": model.describe(),
-        "store_ratio": engines[AVL].in_force["store_ratio"],
-        "block_size": args.block_size,
-        "pool_tokens": engines[STOCK].pool_tokens,
-        "pool_requests": pool_requests,
-        "pictures": args.pool_images,
-        "turns": num_turns,
-        "output_tokens": args.pool_output_tokens,
-        "repeats": args.repeats,
-        "part": part,
-        "requests_at_once": count,
-    }
-    facts = {**machine(), **settings}
-    if not args.quick:
-        append_rows(args.results / "chats.csv", [{**facts, **row} for row in rows])
-    print_heading(f"Requests at once in a short pool: {part}", facts)
-    print_table([{k: v for k, v in row.items() if "cpu" not in k} for row in rows])
-    for engine in engines.values():
-        engine.close()
+    with both(model, int(pool_requests * length), length, args) as engines:
+        short_pool.check(load, engines, pictures)
+        runs = short_pool.run_all(load, engines, pictures, args.repeats)
+        settings = {
+            "model": model.describe(),
+            "store_ratio": engines[AVL].in_force["store_ratio"],
+            "block_size": args.block_size,
+            "pool_tokens": engines[STOCK].pool_tokens,
+            "pool_requests": pool_requests,
+            "pictures": args.pool_images,
+            "turns": num_turns,
+            "output_tokens": args.pool_output_tokens,
+            "repeats": args.repeats,
+            "part": part,
+            "requests_at_once": count,
+        }
+    title = f"Requests at once in a short pool: {part}"
+    report.add("chats", title, settings, short_pool.summarize(runs), hidden="cpu")
 
+
+QUICK = {
+    **{"images": [1], "output_tokens": 8, "repeats": 2, "chats": 3, "questions": 4},
+    **{"pool_images": 1, "pool_output_tokens": 12, "pool_requests": [2.2]},
+    **{"num_layers": 2, "hidden_size": 128, "num_heads": 2, "num_kv_heads": 2},
+}
+BENCHMARK = Benchmark(
+    __doc__, measure, add_options, {"quick": QUICK}, check_ratio, size=SIZE
+)
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK)

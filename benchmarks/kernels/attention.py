@@ -27,6 +27,7 @@ import torch
 from vllm_avl.kernels.cuda import reference_attention
 from vllm_avl.kernels.cuda import selected_attention as kernels
 
+from benchmarks.harness import Benchmark, main
 from benchmarks.kernels import baselines, harness
 from benchmarks.kernels.over_batch import draw_over_batch
 from benchmarks.kernels.paged import SHAPES, TINY, Heads, Pool, Reads
@@ -158,11 +159,10 @@ class Ours:
         }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Check, measure, print the table, append to the CSV and draw the plot."""
-    args = parse(argv)
+def make_cases(args: argparse.Namespace) -> list[Case]:
+    """Return a case for each shape and batch."""
     shapes = TINY if args.interpret else SHAPES
-    cases = [
+    return [
         Case(
             heads=shapes[shape],
             batch=batch,
@@ -177,38 +177,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         for shape in args.shapes
         for batch in args.batches
     ]
-    full = (baselines.TRITON, baselines.FLASH, baselines.XFORMERS)
-    benchmark = harness.Benchmark(
-        name="attention",
-        modules=(kernels,),
-        baselines=(*(f"{name}_full" for name in full), baselines.SLICE),
-        build=build,
-        finish=mark_choices,
-        shown=lambda row: bool(row["choice"]),
-        draw=draw,
-    )
-    harness.main(benchmark, cases, args)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = harness.make_parser(__doc__)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    harness.add_shared_options(parser)
     add = parser.add_argument
-    add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="(both)")
-    add("--batches", type=int, nargs="+", default=harness.batches(64), help="(1 … 64)")
-    add("--splits", type=int, nargs="+", default=harness.batches(32), help="(1 … 32)")
-    add("--block-size", type=int, default=16, help="slots of a cache block (16)")
-    add("--vision-tokens", type=int, default=2358, help="of each request (2358)")
-    add("--text-tokens", type=int, default=64, help="behind the vision tokens (64)")
-    add("--store", type=float, default=0.5, help="of the vision tokens: S (0.5)")
-    add("--core", type=float, default=0.3, help="of the vision tokens: C (0.3)")
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.batches, args.rounds, args.splits = [1, 8], 5, [1, 8]
-    if args.interpret:
-        args.batches, args.splits = [2], [1, 4]
-        args.vision_tokens, args.text_tokens = 250, 9
-    return args
+    add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="of heads")
+    add("--batches", type=int, nargs="+", default=harness.batches(64), help="requests")
+    add("--splits", type=int, nargs="+", default=harness.batches(32), help="of a call")
+    add("--block-size", type=int, default=16, help="slots of a cache block")
+    add("--vision-tokens", type=int, default=2358, help="of each request")
+    add("--text-tokens", type=int, default=64, help="behind the vision tokens")
+    add("--store", type=float, default=0.5, help="of the vision tokens: S")
+    add("--core", type=float, default=0.3, help="of the vision tokens: C")
 
 
 def build(case: Case, device: torch.device) -> Workload:
@@ -330,5 +312,27 @@ def draw(rows: Sequence[Mapping], file: Path) -> None:
     draw_over_batch(rows, panel, lambda row: f"{row['way']}, {row['reads']}", file)
 
 
+FULL = (baselines.TRITON, baselines.FLASH, baselines.XFORMERS)
+KERNELS = harness.Kernels(
+    name="attention",
+    modules=(kernels,),
+    baselines=(*(f"{name}_full" for name in FULL), baselines.SLICE),
+    cases=make_cases,
+    build=build,
+    finish=mark_choices,
+    shown=lambda row: bool(row["choice"]),
+    draw=draw,
+)
+PRESETS = {
+    "quick": {"batches": [1, 8], "rounds": 5, "splits": [1, 8]},
+    "interpret": {
+        "batches": [2],
+        "splits": [1, 4],
+        "vision_tokens": 250,
+        "text_tokens": 9,
+    },
+}
+BENCHMARK = Benchmark(__doc__, KERNELS.measure, add_options, PRESETS)
+
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK)

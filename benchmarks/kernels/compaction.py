@@ -29,6 +29,7 @@ from vllm_avl.kernels.cuda import (
     vision_scores,
 )
 
+from benchmarks.harness import Benchmark, main
 from benchmarks.kernels import harness
 from benchmarks.kernels.baselines import flash_function
 from benchmarks.kernels.paged import SHAPES, TINY, Heads, Pool
@@ -57,11 +58,10 @@ class Case:
         return self.heads.num_kv_heads * self.heads.head_size * self.dtype.itemsize
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Check, measure, print the table and append to the CSV."""
-    args = parse(argv)
+def make_cases(args: argparse.Namespace) -> list[Case]:
+    """Return a case for each shape."""
     shapes = TINY if args.interpret else SHAPES
-    cases = [
+    return [
         Case(
             heads=shapes[shape],
             block_size=args.block_size,
@@ -73,31 +73,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for shape in args.shapes
     ]
-    benchmark = harness.Benchmark(
-        name="compaction",
-        modules=(vision_scores, ranking, rank_rows, select_core, copy_rows),
-        baselines=(PREFILL,),
-        build=build,
-    )
-    harness.main(benchmark, cases, args)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = harness.make_parser(__doc__)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    harness.add_shared_options(parser)
     add = parser.add_argument
-    add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="(both)")
-    add("--block-size", type=int, default=16, help="slots of a cache block (16)")
-    add("--tokens", type=int, default=2358, help="of the prompt (2358)")
-    add("--store", type=float, default=0.5, help="of the tokens kept: S (0.5)")
-    add("--core", type=float, default=0.3, help="of the tokens in core: C (0.3)")
-    add("--windows", type=int, nargs="+", default=[1, 32], help="rows w (1 32)")
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.rounds = 5
-    if args.interpret:
-        args.tokens, args.windows = 150, [1, 8]
-    return args
+    add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="of heads")
+    add("--block-size", type=int, default=16, help="slots of a cache block")
+    add("--tokens", type=int, default=2358, help="of the prompt")
+    add("--store", type=float, default=0.5, help="of the tokens kept: S")
+    add("--core", type=float, default=0.3, help="of the tokens in core: C")
+    add("--windows", type=int, nargs="+", default=[1, 32], help="rows w that score")
 
 
 def build(case: Case, device: torch.device) -> Workload:
@@ -342,5 +329,15 @@ def copy(case: Case, stored: Stored, where: str) -> Way:
     )
 
 
+KERNELS = harness.Kernels(
+    name="compaction",
+    modules=(vision_scores, ranking, rank_rows, select_core, copy_rows),
+    baselines=(PREFILL,),
+    cases=make_cases,
+    build=build,
+)
+PRESETS = {"quick": {"rounds": 5}, "interpret": {"tokens": 150, "windows": [1, 8]}}
+BENCHMARK = Benchmark(__doc__, KERNELS.measure, add_options, PRESETS)
+
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK)

@@ -15,7 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from vllm_avl.kernels import cpu
+
+from benchmarks.harness import Benchmark, Report, main
 
 DTYPES = {
     name: getattr(torch, name)
@@ -129,7 +132,7 @@ def cases(dtypes: Iterable[str]) -> Iterator[Case]:
             yield copying(dtype, 8, 64, overlapping)
 
 
-def measure(case: Case, rounds: int) -> tuple[float, float]:
+def time_one(case: Case, rounds: int) -> tuple[float, float]:
     """Median milliseconds of a call, and the median ratio to the copy's."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     count = max(2, int(COLD_BYTES / case.num_bytes))
@@ -147,24 +150,28 @@ def measure(case: Case, rounds: int) -> tuple[float, float]:
     return statistics.median(times), statistics.median(ratios)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="bfloat16, few rounds")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print(f"{options.threads} threads; ratio: to a copy of the same bytes")
-    print(
-        f"{'operation':19} {'dtype':13} {'shape':32} {'MB':>6} {'ms':>7} {'ratio':>6}"
-    )
-    for case in cases(["bfloat16"] if options.quick else options.dtypes):
-        milliseconds, ratio = measure(case, 15 if options.quick else 60)
-        print(
-            f"{case.operation:19} {case.dtype:13} {case.shape:32}"
-            f" {case.num_bytes / 1e6:6.1f} {milliseconds:7.2f} {ratio:6.2f}"
-        )
+def measure(args: argparse.Namespace, report: Report) -> None:
+    """Time every operation, on every shape, in every dtype."""
+    torch.set_num_threads(args.threads)
+    rows = []
+    for case in tqdm(cases(args.dtypes), unit="case", disable=None):
+        milliseconds, ratio = time_one(case, args.rounds)
+        row = {"operation": case.operation, "dtype": case.dtype, "shape": case.shape}
+        row |= {"MB": case.num_bytes / 1e6, "ms": milliseconds, "ratio": ratio}
+        rows.append(row)
+    report.show("CPU operations beside a copy of the same bytes", {}, rows)
 
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("--rounds", type=int, default=60, help="calls of each operation")
+    add("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES], help="of the cache")
+    add("--threads", type=int, default=torch.get_num_threads(), help="that compute")
+
+
+QUICK = {"dtypes": ["bfloat16"], "rounds": 15}
+BENCHMARK = Benchmark(__doc__, measure, add_options, {"quick": QUICK})
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK)

@@ -1,4 +1,4 @@
-"""What the kernel benchmarks have in common: options, gate, measurement, report."""
+"""What the benchmarks of kernels on a GPU have in common: options, gate, rows."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 import triton
 from tqdm import tqdm
 
+from benchmarks.harness import Report
 from benchmarks.kernels import timing
 from benchmarks.kernels.ways import Workload
-from benchmarks.report import RESULTS, append_rows, machine, print_heading, print_table
 from benchmarks.testing.interpreted import interpreted
 
 NO_DEVICE = "no CUDA device: nothing was measured"
@@ -25,14 +25,15 @@ DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float3
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """A script: what it measures and how it reports.
+class Kernels:
+    """What a script measures and how it reports.
 
     Attributes:
         name: of the CSV file and of the plot.
         modules: whose kernels `--interpret` interprets.
         baselines: the ways that all others are compared with.
-        build: makes the workload of a case (a dataclass, whose fields are columns).
+        cases: sizes to measure with: dataclasses, whose fields are columns.
+        build: makes the workload of a case.
         finish: completes the rows of a case, in place.
         shown: whether a row is printed; the CSV file has all.
         draw: draws all rows to a file, if there is a plot.
@@ -41,29 +42,68 @@ class Benchmark:
     name: str
     modules: tuple[ModuleType, ...]
     baselines: tuple[str, ...]
+    cases: Callable[[argparse.Namespace], list[Any]]
     build: Callable[[Any, torch.device], Workload]
     finish: Callable[[list[dict]], None] = lambda rows: None
     shown: Callable[[Mapping], bool] = lambda row: True
     draw: Callable[[Sequence[Mapping], Path], None] | None = None
 
+    def measure(self, args: argparse.Namespace, report: Report) -> None:
+        """Check and measure all cases.
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser that knows the options all kernel benchmarks share."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        Raises:
+            SystemExit: there is no GPU (code 2), or our own result is wrong.
+        """
+        with kernels_runnable(args, self.modules) as device:
+            facts = {} if args.interpret else measured_on(args)
+            rows, missing = [], {}
+            for case in tqdm(self.cases(args), unit="case", disable=None):
+                torch.manual_seed(args.seed)
+                workload = self.build(case, device)
+                workload.keep_correct()
+                missing |= workload.missing
+                if not args.interpret:
+                    found = self._times(case, workload, facts, args.rounds)
+                    report.keep(f"kernels_{self.name}", facts, found)
+                    rows += found
+        for name, why in missing.items():
+            print(f"not measured: {name}: {why}")
+        if args.interpret:
+            print("interpreted: no times")
+            return
+        constant = {k: v for k, v in rows[0].items() if len({r[k] for r in rows}) == 1}
+        shown = [
+            {name: value for name, value in row.items() if name not in constant}
+            for row in rows
+            if self.shown(row)
+        ]
+        report.show(self.name, {**facts, **constant}, shown)
+        if self.draw:
+            report.draw(f"kernels_{self.name}", self.draw, rows)
+
+    def _times(
+        self, case: Any, workload: Workload, facts: Mapping[str, Any], rounds: int
+    ) -> list[dict]:
+        """Return the rows of one case."""
+        times = timing.measure(workload.ways, rounds)
+        bandwidth = 1e9 * facts["copy_gb_per_s"]
+        rows = timing.summarize(workload.ways, times, bandwidth, self.baselines)
+        rows = [{**columns(case), **row} for row in rows]
+        self.finish(rows)
+        return rows
+
+
+def add_shared_options(parser: argparse.ArgumentParser) -> None:
+    """Declare what all have that measure on a GPU."""
     add = parser.add_argument
-    add("--rounds", type=int, default=50, help="replays of each way, in turn (50)")
-    add("--seed", type=int, default=0, help="of the data (0)")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="(bfloat16)")
-    add("--quick", action="store_true", help="small, a few rounds, no CSV row")
+    add("--rounds", type=int, default=50, help="replays of each way, in turn")
+    add("--seed", type=int, default=0, help="of the data")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of the data")
     add(
         "--interpret",
         action="store_true",
         help="check results in Triton's interpreter, tiny, in fp32; no GPU, no times",
     )
-    add("--results", type=Path, default=RESULTS, help="folder of CSV and plots")
-    return parser
 
 
 def batches(largest: int) -> list[int]:
@@ -80,54 +120,6 @@ def share(fraction: float, count: int) -> int:
     """Return a fraction of `count`, rounded up."""
     # So that 0.3 of 10 is 3, whatever 0.3 is in binary.
     return math.ceil(round(fraction * count, 6))
-
-
-def main(benchmark: Benchmark, cases: Sequence[Any], args: argparse.Namespace) -> None:
-    """Check and measure all cases, print, append to the CSV and draw.
-
-    Raises:
-        SystemExit: there is no GPU (code 2), or our own result is wrong.
-    """
-    with kernels_runnable(args, benchmark.modules) as device:
-        facts = {} if args.interpret else measured_on(args)
-        rows, missing = [], {}
-        for case in tqdm(cases, unit="case", disable=None):
-            torch.manual_seed(args.seed)
-            rows += run(benchmark, case, device, facts, missing, args)
-    for name, why in missing.items():
-        print(f"not measured: {name}: {why}")
-    if args.interpret:
-        print("interpreted: no times")
-        return
-    show(benchmark, rows, facts)
-    if benchmark.draw:
-        suffix = "-quick" if args.quick else ""
-        benchmark.draw(rows, args.results / f"kernels_{benchmark.name}{suffix}.png")
-
-
-def run(
-    benchmark: Benchmark,
-    case: Any,
-    device: torch.device,
-    facts: Mapping[str, Any],
-    missing: dict[str, str],
-    args: argparse.Namespace,
-) -> list[dict]:
-    """Check one case, measure it and append its rows; none if interpreted."""
-    workload = benchmark.build(case, device)
-    workload.keep_correct()
-    missing |= workload.missing
-    if args.interpret:
-        return []
-    times = timing.measure(workload.ways, args.rounds)
-    bandwidth = 1e9 * facts["copy_gb_per_s"]
-    rows = timing.summarize(workload.ways, times, bandwidth, benchmark.baselines)
-    rows = [{**columns(case), **row} for row in rows]
-    benchmark.finish(rows)
-    if not args.quick:
-        file = args.results / f"kernels_{benchmark.name}.csv"
-        append_rows(file, [{**facts, **row} for row in rows])
-    return rows
 
 
 @contextmanager
@@ -148,7 +140,6 @@ def kernels_runnable(
 def measured_on(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the times depend on besides the code."""
     return {
-        **machine(),
         "gpu": torch.cuda.get_device_name(),
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
@@ -163,18 +154,3 @@ def columns(case: Any) -> dict[str, Any]:
     for name, value in asdict(case).items():
         flat |= value if isinstance(value, dict) else {name: value}
     return {**flat, "dtype": str(case.dtype).removeprefix("torch.")}
-
-
-def show(
-    benchmark: Benchmark, rows: Sequence[Mapping], facts: Mapping[str, Any]
-) -> None:
-    """Print the table, and above it what is the same in all rows."""
-    constant = {k: v for k, v in rows[0].items() if len({r[k] for r in rows}) == 1}
-    print_heading(benchmark.name, {**facts, **constant})
-    print_table(
-        [
-            {name: value for name, value in row.items() if name not in constant}
-            for row in rows
-            if benchmark.shown(row)
-        ]
-    )

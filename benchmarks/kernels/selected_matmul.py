@@ -22,6 +22,7 @@ import torch
 from vllm_avl.kernels.cuda import reference
 from vllm_avl.kernels.cuda import select_rows_matmul as operators
 
+from benchmarks.harness import Benchmark, main
 from benchmarks.kernels import harness
 from benchmarks.kernels.over_batch import draw_over_batch
 from benchmarks.kernels.timing import num_copies
@@ -89,10 +90,9 @@ class Operators(NamedTuple):
         return self.rows(copy)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Check, measure, print the table, append to the CSV and draw the plot."""
-    args = parse(argv)
-    cases = [
+def make_cases(args: argparse.Namespace) -> list[Case]:
+    """Return a case for each fraction and batch."""
+    return [
         Case(
             batch,
             args.num_heads,
@@ -104,38 +104,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         for fraction in args.fractions
         for batch in args.batches
     ]
-    benchmark = harness.Benchmark(
-        name="selected_matmul",
-        modules=(operators,),
-        baselines=(FULL, SLICE),
-        build=build,
-        draw=draw,
-    )
-    harness.main(benchmark, cases, args)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = harness.make_parser(__doc__)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    harness.add_shared_options(parser)
     add = parser.add_argument
-    add("--batches", type=int, nargs="+", default=harness.batches(64), help="(1 … 64)")
-    add("--num-heads", type=int, default=32, help="(32)")
-    add("--head-size", type=int, default=128, help="(128)")
-    add("--vision-tokens", type=int, default=2358, help="of each request (2358)")
+    add("--batches", type=int, nargs="+", default=harness.batches(64), help="requests")
+    add("--num-heads", type=int, default=32, help="of queries, keys and values")
+    add("--head-size", type=int, default=128, help="of each")
+    add("--vision-tokens", type=int, default=2358, help="of each request")
     add(
         "--fractions",
         type=float,
         nargs="+",
         default=[0.5, 0.3],
-        help="of the vision tokens selected: the paper's S and C (0.5 0.3)",
+        help="of the vision tokens selected: the paper's S and C",
     )
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.batches, args.rounds = [1, 8], 5
-    if args.interpret:
-        args.batches, args.fractions = [2], [0.3]
-        args.num_heads, args.head_size, args.vision_tokens = 2, 32, 250
-    return args
 
 
 def build(case: Case, device: torch.device) -> Workload:
@@ -249,5 +234,25 @@ def draw(rows: Sequence[Mapping], file: Path) -> None:
     )
 
 
+KERNELS = harness.Kernels(
+    name="selected_matmul",
+    modules=(operators,),
+    baselines=(FULL, SLICE),
+    cases=make_cases,
+    build=build,
+    draw=draw,
+)
+PRESETS = {
+    "quick": {"batches": [1, 8], "rounds": 5},
+    "interpret": {
+        "batches": [2],
+        "fractions": [0.3],
+        "num_heads": 2,
+        "head_size": 32,
+        "vision_tokens": 250,
+    },
+}
+BENCHMARK = Benchmark(__doc__, KERNELS.measure, add_options, PRESETS)
+
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK)

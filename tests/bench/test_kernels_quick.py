@@ -14,6 +14,7 @@ import preloaded
 import pytest
 import torch
 
+from benchmarks.harness import main
 from benchmarks.testing.interpreted import interpreted
 
 KERNELS = Path(__file__).parents[2] / "benchmarks" / "kernels"
@@ -52,7 +53,7 @@ def test_interpreted_results_are_checked_and_not_timed(
     script, module, tmp_path, capsys
 ):
     options = ["--interpret", "--quick", "--results", str(tmp_path)]
-    module(script).main([*options, *SHORT[script]])
+    main(module(script).BENCHMARK, [*options, *SHORT[script]])
     output = capsys.readouterr().out
     assert "checked ours" in output or "checked copy_rows, in place" in output
     assert output.endswith("interpreted: no times\n")
@@ -63,7 +64,7 @@ def test_interpreted_results_are_checked_and_not_timed(
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_nothing_is_measured_without_a_gpu(script, module, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        module(script).main(["--quick", "--results", str(tmp_path)])
+        main(module(script).BENCHMARK, ["--quick", "--results", str(tmp_path)])
     assert stopped.value.code == 2
     assert capsys.readouterr().out == "no CUDA device: nothing was measured\n"
     assert not list(tmp_path.iterdir())
@@ -78,7 +79,7 @@ def test_measured_rows_are_written(script, module, tmp_path, monkeypatch, capsys
     sizes = ["--dtype", "float32", "--results", str(tmp_path), *SHORT[script]]
     if script == "selected_matmul":
         sizes += ["--num-heads", "2", "--head-size", "32"]
-    chosen.main([*sizes, *SMALL[script]])
+    main(chosen.BENCHMARK, [*sizes, *SMALL[script]])
     with (tmp_path / f"kernels_{script}.csv").open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     assert {"us", "us_p10", "us_p90", "eager_us", "share_of_copy"} <= set(rows[0])
@@ -136,7 +137,7 @@ def test_nothing_is_timed_when_ours_is_wrong(module, monkeypatch):
 
     monkeypatch.setattr(script.operators, "select_rows_matmul", wrong)
     with pytest.raises(SystemExit, match="ours: .* nothing was timed"):
-        script.main(["--interpret"])
+        main(script.BENCHMARK, ["--interpret"])
 
 
 @pytest.mark.parametrize("is_wrong", [False, True])
@@ -162,7 +163,7 @@ def test_baselines_are_called_as_vllm_calls_them(module, monkeypatch, capsys, is
     )
     monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", flash)
     options = ["--interpret", "--shapes", "gqa", "--splits", "1"]
-    module("attention").main(options)
+    main(module("attention").BENCHMARK, options)
     output = capsys.readouterr().out
     for reads in ("tail", "full"):
         assert f"checked FLASH_ATTN {reads}: error" in output

@@ -90,7 +90,7 @@ echo '{{"results": {{}}}}' > answers/m/1_results.json
 echo '{json.dumps(answers)}' > answers/m/1_samples_avl_ocr.jsonl
 """)
     program.chmod(0o755)
-    args = lmms.parse(["--python", str(program), "--tasks", "avl_ocr"])
+    args = lmms.BENCHMARK.parse(["--python", str(program), "--tasks", "avl_ocr"])
     with pytest.raises(SystemExit, match="requests failed"):
         lmms.ask("http://nowhere", tmp_path, args)
 
@@ -104,5 +104,5 @@ echo '{json.dumps(answers)}' > answers/m/1_samples_avl_ocr.jsonl
 )
 def test_what_cannot_run_is_refused_at_once(capsys, options, message):
     with pytest.raises(SystemExit, match="2"):
-        lmms.parse(options)
+        lmms.BENCHMARK.parse(options)
     assert message in capsys.readouterr().err

@@ -15,59 +15,84 @@ PATCH_SIZE = 14
 
 def llava(out_dir: Path, size: ModelSize, seed: int) -> None:
     """LLaVA-1.5: 576 vision tokens for every image."""
-    image_size = 336
-    tokenizer = make_tokenizer("llava", ["<image>"])
-    config = transformers.LlavaConfig(
-        vision_config=_clip_config(size, image_size),
-        text_config=transformers.LlamaConfig(**text_settings(size, tokenizer)),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(image_size // PATCH_SIZE) ** 2,
-    )
-    processor = transformers.LlavaProcessor(
-        image_processor=transformers.CLIPImageProcessor(
-            size={"shortest_edge": image_size},
-            crop_size={"height": image_size, "width": image_size},
-        ),
-        tokenizer=tokenizer,
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,
-        chat_template=tokenizer.chat_template,
-    )
+    config, processor = llava_parts(size, make_tokenizer("llava", ["<image>"]))
     model = transformers.LlavaForConditionalGeneration(config)
     save(out_dir, model, processor, seed)
     restore_clip_names(out_dir)
 
 
+def llava_parts(
+    size: ModelSize, tokenizer: PreTrainedTokenizerFast
+) -> tuple[transformers.LlavaConfig, transformers.LlavaProcessor]:
+    """Returns what describes a LLaVA-1.5 without its weights."""
+    image_size = 336
+    config = transformers.LlavaConfig(**_llava_settings(size, tokenizer, image_size))
+    images = transformers.CLIPImageProcessor(**_square(image_size))
+    processor = transformers.LlavaProcessor(
+        image_processor=images, **_processor_settings(tokenizer)
+    )
+    return config, processor
+
+
 def llava_next(out_dir: Path, size: ModelSize, seed: int) -> None:
     """LLaVA-NeXT: 64 tokens for the whole image, and 64 at most for each of 4 tiles."""
-    tile = 112
     tokenizer = make_tokenizer("llava_next", ["<image>"])
-    config = transformers.LlavaNextConfig(
-        vision_config=_clip_config(size, tile),
-        text_config=transformers.LlamaConfig(**text_settings(size, tokenizer)),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(tile // PATCH_SIZE) ** 2,
-        image_grid_pinpoints=[
-            [rows * tile, columns * tile]
-            for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-        ],
-    )
-    processor = transformers.LlavaNextProcessor(
-        image_processor=transformers.LlavaNextImageProcessor(
-            size={"shortest_edge": tile},
-            crop_size={"height": tile, "width": tile},
-            image_grid_pinpoints=config.image_grid_pinpoints,
-        ),
-        tokenizer=tokenizer,
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,
-        chat_template=tokenizer.chat_template,
-    )
+    config, processor = llava_next_parts(size, tokenizer, tile=112)
     model = transformers.LlavaNextForConditionalGeneration(config)
     save(out_dir, model, processor, seed)
     restore_clip_names(out_dir)
+
+
+def llava_next_parts(
+    size: ModelSize, tokenizer: PreTrainedTokenizerFast, tile: int
+) -> tuple[transformers.LlavaNextConfig, transformers.LlavaNextProcessor]:
+    """Returns what describes a LLaVA-NeXT of `tile` x `tile` pixels without weights."""
+    pinpoints = _pinpoints(tile)
+    config = transformers.LlavaNextConfig(
+        **_llava_settings(size, tokenizer, tile), image_grid_pinpoints=pinpoints
+    )
+    images = transformers.LlavaNextImageProcessor(
+        **_square(tile), image_grid_pinpoints=pinpoints
+    )
+    processor = transformers.LlavaNextProcessor(
+        image_processor=images, **_processor_settings(tokenizer)
+    )
+    return config, processor
+
+
+def _llava_settings(
+    size: ModelSize, tokenizer: PreTrainedTokenizerFast, tile: int
+) -> dict[str, Any]:
+    return {
+        "vision_config": _clip_config(size, tile),
+        "text_config": transformers.LlamaConfig(**text_settings(size, tokenizer)),
+        "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
+        "image_seq_length": (tile // PATCH_SIZE) ** 2,
+    }
+
+
+def _processor_settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    return {
+        "tokenizer": tokenizer,
+        "patch_size": PATCH_SIZE,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+        "chat_template": tokenizer.chat_template,
+    }
+
+
+def _square(side: int) -> dict[str, Any]:
+    return {
+        "size": {"shortest_edge": side},
+        "crop_size": {"height": side, "width": side},
+    }
+
+
+def _pinpoints(tile: int) -> list[list[int]]:
+    return [
+        [rows * tile, columns * tile]
+        for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+    ]
 
 
 def llava_onevision(out_dir: Path, size: ModelSize, seed: int) -> None:
@@ -90,10 +115,7 @@ def llava_onevision(out_dir: Path, size: ModelSize, seed: int) -> None:
         text_config=transformers.Qwen2Config(**settings),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
-        image_grid_pinpoints=[
-            [rows * tile, columns * tile]
-            for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-        ],
+        image_grid_pinpoints=_pinpoints(tile),
         vision_aspect_ratio="anyres_max_4",
     )
     tile_size = {"height": tile, "width": tile}
