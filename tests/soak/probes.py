@@ -11,9 +11,10 @@ from typing import Any
 
 import httpx
 
-from benchmarks.soaking.ledger import Ledger
-from benchmarks.soaking.target import body
 from vllm_avl.demo.server import Server
+
+from .ledger import Ledger
+from .target import body
 
 EVERY_SECONDS = 10.0
 LIMIT_SECONDS = 300.0

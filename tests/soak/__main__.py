@@ -24,22 +24,23 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import httpx
 from tqdm import tqdm
 
-from benchmarks.harness import CHECKPOINTS
-from benchmarks.report import RESULTS, append_rows, machine, print_heading, print_table
-from benchmarks.soaking import faults, names, probes, stock, target
-from benchmarks.soaking.aborts import Aborts
-from benchmarks.soaking.fuzz import REQUIREMENT, Fuzz
-from benchmarks.soaking.kill import kill
-from benchmarks.soaking.ledger import Ledger, Suspect
-from benchmarks.soaking.load import Load
-from benchmarks.soaking.probes import PROBES, Expected, Prober
-from benchmarks.soaking.watch import Watch
+from benchmarks.harness import CHECKPOINTS, Benchmark, Report, main
 from vllm_avl.demo.server import Server, ServerError
+
+from . import faults, names, probes, stock, target
+from .aborts import Aborts
+from .fuzz import REQUIREMENT, Fuzz
+from .kill import kill
+from .ledger import Ledger, Suspect
+from .load import Load
+from .probes import PROBES, Expected, Prober
+from .watch import Watch
 
 Activity = Callable[[threading.Event, Ledger], None]
 ENGINE = "VLLM::EngineCore"
@@ -69,7 +70,8 @@ class Soak:
 
     args: argparse.Namespace
     progress: tqdm
-    facts: Mapping[str, object]
+    keep: Callable[[Sequence[Mapping[str, object]]], None]
+    """Adds rows to the CSV file."""
     rows: list[dict[str, object]] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
     suspects: list[Suspect] = field(default_factory=list)
@@ -84,25 +86,22 @@ class Soak:
         counts = {column: ledger.counts[column] for column in COLUMNS}
         row = {"phase": name, "seconds": round(seconds), **counts}
         self.rows.append({**row, "violations": len(ledger.violations)})
-        if not self.args.quick:
-            file = self.args.results / "soak.csv"
-            append_rows(file, [{**self.facts, **self.rows[-1]}])
+        self.keep(self.rows[-1:])
         self.suspects += ledger.suspects
         for violation in ledger.violations:
             self.violations.append(f"{name}: {violation}")
             tqdm.write(f"VIOLATED, {name}: {violation}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Soak, print a table of the phases, add CSV rows; exit with 1 on a violation."""
-    args = parse(argv)
+def measure(args: argparse.Namespace, report: Report) -> None:
+    """Soak, and print a table of the phases; exit with 1 on a violation."""
     # The default would end this process at once and leave a server behind.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     model = target.checkpoint(args.checkpoints)
-    facts = {**machine(), "minutes": args.minutes}
+    facts = {"minutes": args.minutes}
     total = round(60 * args.minutes)
     with tqdm(total=total, unit="s", disable=None) as progress:
-        soak = Soak(args, progress, facts)
+        soak = Soak(args, progress, partial(report.keep, "soak", facts))
         try:
             expected = soak_one(soak, model)
             soak_small(soak, model)
@@ -110,8 +109,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             vllms_own = compare_with_stock(soak, model)
         except (ServerError, httpx.HTTPError) as error:
             raise SystemExit(f"{error}\nlogs: {args.logs}") from error
-    print_heading("Soak", facts)
-    print_table([{name: row[name] for name in SHOWN} for row in soak.rows])
+    report.show(
+        "Soak", facts, [{name: row[name] for name in SHOWN} for row in soak.rows]
+    )
     print("\nanswered with the same 5xx by stock vLLM:")
     print("\n".join(f"- {line}" for line in vllms_own) or "- none")
     if soak.violations:
@@ -120,11 +120,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\nall conditions hold")
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
     add = parser.add_argument
     add("--minutes", type=float, default=15, help="of load, all phases together")
     add("--load-requests", type=int, default=20, help="of one run of a load client")
@@ -133,26 +130,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--schemathesis", type=Path, help="program; found unless given")
     add("--no-fuzz", action="store_true", help="without schemathesis")
     add("--start-seconds", type=float, default=1200, help="a server may take to start")
-    add("--quick", action="store_true", help="all faults at once, half a minute")
-    add("--results", type=Path, default=RESULTS, help="folder of the CSV file")
     add("--checkpoints", type=Path, default=CHECKPOINTS, help="folder of the models")
     add("--logs", type=Path, default=CHECKPOINTS / "soak-logs", help="folder, kept")
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.minutes, args.load_requests = 0.5, 8
-        args.fuzz_seconds, args.fuzz_examples = 15, 2
+
+
+def check(args: argparse.Namespace) -> None:
+    """Find schemathesis, unless it is not wanted."""
     if args.minutes <= 0:
-        parser.error(f"--minutes {args.minutes} must be above 0")
+        raise ValueError(f"--minutes {args.minutes} must be above 0")
     if not args.no_fuzz:
         beside = Path(sys.executable).with_name("schemathesis")
         found = args.schemathesis or shutil.which("schemathesis") or beside
         args.schemathesis = Path(found).absolute()
         if not args.schemathesis.exists():
-            parser.error(
+            raise ValueError(
                 f"--schemathesis {args.schemathesis} is not there: "
                 f"pip install {REQUIREMENT}, or say --no-fuzz"
             )
-    return args
 
 
 def soak_one(soak: Soak, model: Path) -> Expected:
@@ -345,5 +339,8 @@ def compare_with_stock(soak: Soak, model: Path) -> list[str]:
     return same
 
 
+QUICK = {"minutes": 0.5, "load_requests": 8, "fuzz_seconds": 15, "fuzz_examples": 2}
+BENCHMARK = Benchmark(__doc__, measure, add_options, {"quick": QUICK}, check)
+
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK)

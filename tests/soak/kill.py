@@ -13,9 +13,10 @@ from contextlib import suppress
 import httpx
 import psutil
 
-from benchmarks.soaking.ledger import Ledger
-from benchmarks.soaking.target import body, named, processes
 from vllm_avl.demo.server import Server
+
+from .ledger import Ledger
+from .target import body, named, processes
 
 NUM_CLIENTS = 6
 NUM_TOKENS = 1500

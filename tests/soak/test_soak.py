@@ -1,6 +1,7 @@
 """The soak: its checks notice what they are for, and its short form holds."""
 
 import json
+import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,16 +10,17 @@ from pathlib import Path
 import preloaded
 import pytest
 
-from benchmarks.soaking import faults, ledger, probes, stock
+from soak import faults, ledger, probes, stock
 from vllm_avl.demo.server import Server
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "soak.py"
+ROOT = Path(__file__).parents[2]
 SOONER = """
 import sys
 import preloaded
-from benchmarks import soak
+from benchmarks.harness import main
+from soak import __main__ as soak
 soak.target.serve = preloaded.serve
-soak.main(sys.argv[1:])
+main(soak.BENCHMARK, sys.argv[1:])
 """
 
 
@@ -93,19 +95,18 @@ def test_a_5xx_is_excused_only_by_stocks_own(answering, status, violations):
     assert (len(found.violations), len(same)) == (violations, 1 - violations)
 
 
-def run(*options, timeout=100):
-    command = [sys.executable, str(SCRIPT), *options]
-    return preloaded.run(command, timeout)
-
-
-def test_help():
-    result = run("--help")
-    assert result.returncode == 0
-    assert "--quick" in result.stdout
+def test_it_runs_as_the_documents_say():
+    command = [sys.executable, "-m", "tests.soak", "--help"]
+    said = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert said.returncode == 0, said.stderr
+    assert "--minutes" in said.stdout
 
 
 def test_says_what_to_install(tmp_path):
-    result = run("--schemathesis", str(tmp_path / "st"))
+    command = [sys.executable, "-m", "soak", "--schemathesis", tmp_path / "st"]
+    result = preloaded.run(command, 100)
     assert result.returncode == 2
     assert "pip install schemathesis==" in result.stderr
 

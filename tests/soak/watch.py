@@ -7,8 +7,9 @@ from collections import Counter
 
 import httpx
 
-from benchmarks.soaking.target import resident_mb
 from vllm_avl.demo.server import Server
+
+from .target import resident_mb
 
 EVERY_SECONDS = 2.0
 PEAKS = {

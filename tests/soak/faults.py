@@ -12,9 +12,6 @@ from typing import Any
 
 import httpx
 
-from benchmarks.soaking import pictures
-from benchmarks.soaking.ledger import Ledger, Suspect
-from benchmarks.soaking.target import MAX_IMAGES, MAX_MODEL_LEN, body
 from benchmarks.testing import models
 from vllm_avl.demo.server import (
     Server,
@@ -23,6 +20,10 @@ from vllm_avl.demo.server import (
     picture_url,
     user_message,
 )
+
+from . import pictures
+from .ledger import Ledger, Suspect
+from .target import MAX_IMAGES, MAX_MODEL_LEN, body
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

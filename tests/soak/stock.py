@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import httpx
 
-from benchmarks.soaking.ledger import Ledger, Suspect
 from vllm_avl.demo.server import Server
+
+from .ledger import Ledger, Suspect
 
 
 def compare(server: Server, suspects: Sequence[Suspect], ledger: Ledger) -> list[str]:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from benchmarks.soaking.ledger import Ledger, Suspect
 from vllm_avl.demo.server import Server
+
+from .ledger import Ledger, Suspect
 
 REQUIREMENT = "schemathesis==4.32.5"
 PATHS = (

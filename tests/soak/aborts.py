@@ -10,9 +10,10 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from benchmarks.soaking.ledger import Ledger
-from benchmarks.soaking.target import random_body
 from vllm_avl.demo.server import Server
+
+from .ledger import Ledger
+from .target import random_body
 
 NUM_TOKENS = 200
 LONGEST_WAIT = 1.5

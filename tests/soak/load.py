@@ -10,9 +10,10 @@ import sys
 import threading
 from pathlib import Path
 
-from benchmarks.soaking.ledger import Ledger
-from benchmarks.soaking.target import MAX_IMAGES, XARGS
 from vllm_avl.demo.server import ENVIRONMENT, ServerError
+
+from .ledger import Ledger
+from .target import MAX_IMAGES, XARGS
 
 CLIENT = Path(__file__).with_name("client.py")
 READY, DONE = "ready", "done"

@@ -9,9 +9,10 @@ from typing import Any
 
 import httpx
 
-from benchmarks.soaking.ledger import Ledger
-from benchmarks.soaking.probes import PROBES, Expected, Probe
 from vllm_avl.demo.server import Server
+
+from .ledger import Ledger
+from .probes import PROBES, Expected, Probe
 
 HEADERS = {"X-Request-Id": "the-same"}
 PAUSE_SECONDS = 2
