@@ -9,7 +9,8 @@
 
 The first two are objects of Python, and take an attribute more. The others are structs
 that have no field for a plug-in: a message borrows the one for KV connectors, lies
-beside what a connector says there, and is taken out before anybody else looks.
+beside what a connector says there, and is taken out before anybody else looks. What a
+front end asks workers for, by a call of their methods, is in `reports.py`.
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ from vllm_avl.config import AVLConfig
 from vllm_avl.demo.server import free_port, picture_url
 from vllm_avl.front_end import schema
 from vllm_avl.front_end.geometry import VisionModel, grids
+from vllm_avl.metrics.pool import Sample
+from vllm_avl.reports import CoreSelection, Held
 
 STATIC = Path(vllm_avl.front_end.__file__).with_name("static")
 POLICY = "default-src 'self'; img-src 'self' data:"
@@ -60,7 +62,7 @@ def layer_of(number: int, heads: int = 1, rank: int = 0) -> schema.Layer:
             best(scores(number, step, head=h), np.array(kept) - START, CORE)
             for h, kept in enumerate(stored)
         ]
-        history.append(schema.Selection(num_tokens=PROMPT + step, core=core))
+        history.append(CoreSelection(num_tokens=PROMPT + step, core=core))
     core = history[-1].core
     vision = set(range(START, START + NUM_VISION))
     text = sorted(set(range(PROMPT + STEPS)) - vision)
@@ -75,12 +77,12 @@ def layer_of(number: int, heads: int = 1, rank: int = 0) -> schema.Layer:
     )
 
 
-def timeline() -> list[schema.Held]:
+def timeline() -> list[Held]:
     freed = 8
-    found = [schema.Held(num_tokens=PROMPT, held=20, stock=20)]
+    found = [Held(num_tokens=PROMPT, held=20, stock=20)]
     for length in [PROMPT, *range(641, PROMPT + STEPS, BLOCK), PROMPT + STEPS]:
         stock = -(-length // BLOCK)
-        found.append(schema.Held(num_tokens=length, held=stock - freed, stock=stock))
+        found.append(Held(num_tokens=length, held=stock - freed, stock=stock))
     return found
 
 
@@ -144,11 +146,11 @@ METRICS = {
 }
 
 
-def pool() -> list[schema.PoolSample]:
+def pool() -> list[Sample]:
     now = time.time()
     wave = 4 + 3 * np.sin(np.arange(180) / 19) + np.arange(180) / 60
     return [
-        schema.PoolSample(
+        Sample(
             time=now - 180 + second,
             engine=0,
             held=int(13 * requests),
@@ -165,7 +167,7 @@ class Scene:
     details: list[schema.Detail] = field(default_factory=lambda: [detail()])
     remembers: int = 16
     metrics: dict[str, float] = field(default_factory=lambda: dict(METRICS))
-    pool: list[schema.PoolSample] = field(default_factory=pool)
+    pool: list[Sample] = field(default_factory=pool)
     key: str | None = None
     fault: tuple[int, str] | None = None
 

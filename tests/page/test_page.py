@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from page import scenes
 from vllm_avl import plot
 from vllm_avl.front_end import schema
 from vllm_avl.front_end.geometry import VisionModel, grids
+from vllm_avl.metrics.pool import Sample
 
 READY = "document.querySelector('#legend tr') !== null"
 
@@ -219,7 +221,7 @@ def test_the_key_is_asked_for_and_kept_in_the_tab(tab, server, scene):
 
 def test_heads_and_ranks_are_chosen_where_they_differ(tab, server, scene):
     layers = [scenes.layer_of(n, heads=2, rank=r) for r in (0, 1) for n in (0, 1)]
-    layers[2] = scenes.layer_of(3, heads=2, rank=1).model_copy(update={"layer": 0})
+    layers[2] = replace(scenes.layer_of(3, heads=2, rank=1), layer=0)
     scene.details = [scenes.detail(layers=layers)]
     tab.open(server.url)
     tab.wait(READY)
@@ -287,12 +289,11 @@ def test_views_of_one_picture_and_several_pictures(tab, server, scene):
 
 def test_all_that_is_stored_is_core(tab, server, scene):
     layers = [
-        one.model_copy(
-            update={
-                "core": [sorted(one.core[0] + one.secondary[0])],
-                "secondary": [[]],
-                "history": [],
-            }
+        replace(
+            one,
+            core=[sorted(one.core[0] + one.secondary[0])],
+            secondary=[[]],
+            history=[],
         )
         for one in scenes.detail().layers
     ]
@@ -306,7 +307,7 @@ def test_all_that_is_stored_is_core(tab, server, scene):
 def test_evicted_text_is_struck_out(tab, server, scene):
     aged = set(range(scenes.PROMPT, scenes.PROMPT + 32))
     layers = [
-        one.model_copy(update={"text": [[p for p in one.text[0] if p not in aged]]})
+        replace(one, text=[[p for p in one.text[0] if p not in aged]])
         for one in scenes.detail().layers
     ]
     scene.details = [scenes.detail(layers=layers)]
@@ -328,9 +329,7 @@ def test_rows_that_are_not_remembered(tab, server, scene):
 def test_a_running_request_grows_and_keeps_what_was_chosen(tab, server, scene):
     whole = scenes.detail()
     young = {"running": True, "num_tokens": scenes.PROMPT + 30, "num_refreshes": 10}
-    young["layers"] = [
-        one.model_copy(update={"history": one.history[:11]}) for one in whole.layers
-    ]
+    young["layers"] = [replace(one, history=one.history[:11]) for one in whole.layers]
     scene.details = [scenes.detail(**young)]
     tab.open(server.url)
     tab.wait(READY)
@@ -363,11 +362,10 @@ def test_tiles_and_reasons(ready):
 
 
 def test_engines_are_added_up(tab, server, scene):
-    sample = schema.PoolSample
     scene.pool = [
-        sample(time=100, engine=0, held=4, stock=7),
-        sample(time=100.4, engine=1, held=10, stock=20),
-        sample(time=101, engine=0, held=5, stock=9),
+        Sample(time=100, engine=0, held=4, stock=7),
+        Sample(time=100.4, engine=1, held=10, stock=20),
+        Sample(time=101, engine=0, held=5, stock=9),
     ]
     tab.open(server.url)
     tab.wait(READY)

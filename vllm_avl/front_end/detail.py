@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from vllm_avl.front_end import schema
 from vllm_avl.front_end.geometry import VisionModel, grids
 from vllm_avl.front_end.records import Part, Record
-from vllm_avl.worker.introspection import RequestReport, RequestSummary
+from vllm_avl.reports import RequestReport, RequestSummary
 
 NOT_KEPT = (
     "pictures and answers are not kept: start the server with "
@@ -74,10 +74,10 @@ def describe(
         **_summary(name, report).model_dump(),
         settings=report.settings,
         ranked_ranges=report.ranked_ranges,
-        timeline=[schema.Held(**vars(held)) for held in report.timeline],
+        timeline=report.timeline,
         pictures=_pictures(report, record, VisionModel.of(hf_config)),
         layers=[
-            _layer(layer, rank)
+            schema.Layer(**vars(layer), rank=rank)
             for rank, of_rank in enumerate(reports)
             for layer in of_rank.layers
         ],
@@ -85,11 +85,6 @@ def describe(
         answer_tokens=answer_tokens if content else None,
         hidden=hidden,
     )
-
-
-def _layer(layer: Any, rank: int) -> schema.Layer:
-    history = [schema.Selection(**vars(selection)) for selection in layer.history]
-    return schema.Layer(**(vars(layer) | {"history": history}), rank=rank)
 
 
 def _pictures(

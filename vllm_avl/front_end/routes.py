@@ -143,7 +143,7 @@ def _data(may_read: Callable[[Request], bool]) -> APIRouter:
             metrics=engine.metrics(),
             num_blocks=engine.num_blocks,
             block_size=engine.block_size,
-            pool=[schema.PoolSample(**vars(sample)) for sample in POOL.timeline()],
+            pool=POOL.timeline(),
         )
 
     @router.get("/requests", summary="Adaptive requests, running or remembered")

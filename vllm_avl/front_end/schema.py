@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
-Positions = list[int]
-"""Original positions in the request, prompt first, ascending."""
+from vllm_avl.metrics.pool import Sample
+from vllm_avl.reports import ANSWER, Held, LayerReport
 
 
 class Answer(BaseModel):
     """Base of all answers: nothing is in them that is not described."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ANSWER
 
 
 class Fault(Answer):
@@ -39,15 +40,6 @@ class Config(Answer):
     remembers: int = Field(description="finished requests whose rows are remembered")
 
 
-class PoolSample(Answer):
-    """One engine's pool at one moment."""
-
-    time: float = Field(description="seconds since 1970")
-    engine: int
-    held: int = Field(description="blocks that requests hold")
-    stock: int = Field(description="blocks that they would hold without eviction")
-
-
 class Stats(Answer):
     """Totals since the start, and the pool's recent past."""
 
@@ -57,7 +49,7 @@ class Stats(Answer):
     )
     num_blocks: int | None
     block_size: int
-    pool: list[PoolSample] = Field(description="oldest first, at most one a second")
+    pool: list[Sample] = Field(description="oldest first, at most one a second")
 
 
 class Summary(Answer):
@@ -113,36 +105,16 @@ class Picture(Answer):
     )
 
 
-class Selection(Answer):
-    """Core as it was chosen at one step."""
-
-    num_tokens: int = Field(description="length of the request after that step")
-    core: list[Positions] = Field(description="one list, or one a KV head")
-
-
-class Layer(Answer):
-    """One layer of one tensor-parallel rank.
+@dataclass(frozen=True)
+class Layer(LayerReport):
+    """Original positions in one layer of one tensor-parallel rank, ascending.
 
     Lists have one entry where all KV heads hold the same tokens, else one a KV head.
+    `core` is read by every step, `secondary` on refresh steps only, `evicted` is gone,
+    and `text` is everything else that is stored.
     """
 
-    layer: int
     rank: int
-    core: list[Positions] = Field(description="read by every step")
-    secondary: list[Positions] = Field(description="stored, read on refresh steps")
-    evicted: list[Positions] = Field(description="gone")
-    text: list[Positions] = Field(description="everything else that is stored")
-    history: list[Selection] = Field(
-        description="core at prefill and at each refresh, oldest first"
-    )
-
-
-class Held(Answer):
-    """The request's blocks at one length."""
-
-    num_tokens: int
-    held: int
-    stock: int
 
 
 class Detail(Summary):

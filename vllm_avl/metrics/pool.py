@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from vllm_avl.messages import Statistics
 from vllm_avl.metrics.definitions import key
+from vllm_avl.reports import ANSWER
 
 NUM_SAMPLES = 600
 SECONDS_BETWEEN_SAMPLES = 1.0
@@ -16,6 +17,8 @@ SECONDS_BETWEEN_SAMPLES = 1.0
 @dataclass(frozen=True)
 class Sample:
     """One engine's blocks at one moment."""
+
+    __pydantic_config__ = ANSWER
 
     time: float
     """Seconds since 1970."""

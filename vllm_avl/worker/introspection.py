@@ -3,92 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import compress
-from typing import Any
 
 import torch
 
 from vllm_avl.plan import Plan, count
+from vllm_avl.reports import (
+    CoreSelection,
+    Held,
+    LayerReport,
+    RequestReport,
+    RequestSummary,
+)
 from vllm_avl.worker.request import RequestState
 from vllm_avl.worker.rows import LayerRows
-
-
-@dataclass(frozen=True)
-class CoreSelection:
-    """Core as it was selected at one step."""
-
-    num_tokens: int
-    """Length of the request after that step."""
-    core: list[list[int]]
-    """As `LayerReport.core`."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """The blocks of a request at one length."""
-
-    num_tokens: int
-    held: int
-    stock: int
-    """Blocks that it would hold without eviction."""
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """Original positions in one layer of this rank, ascending.
-
-    The outer lists have one entry where all KV heads hold the same tokens, and one for
-    each KV head of the rank where they differ.
-    """
-
-    layer: int
-    core: list[list[int]]
-    """Ranked tokens that an ordinary step reads: vision, for a policy that keeps text.
-    Of tokens behind the full prompt blocks, all are read, and none is ranked."""
-    secondary: list[list[int]]
-    """Ranked tokens that are stored, and read on refresh steps only."""
-    evicted: list[list[int]]
-    """Ranked tokens that are gone."""
-    text: list[list[int]]
-    """Everything else that is stored; an ordinary step reads all of it."""
-    history: list[CoreSelection]
-    """Core at prefill and at each refresh, the oldest first; with the `introspection`
-    setting, and where core is less than what is stored."""
-
-
-@dataclass(frozen=True)
-class RequestSummary:
-    """One adaptive request on one rank, after its last step, in numbers."""
-
-    request_id: str
-    running: bool
-    policy: str
-    num_tokens: int
-    """Length of the request, evicted or not."""
-    num_prompt_tokens: int
-    num_vision_tokens: int
-    num_refreshes: int
-    num_blocks_held: int
-    num_blocks_freed: int
-    """Blocks that stock vLLM would hold besides."""
-
-
-@dataclass(frozen=True)
-class RequestReport(RequestSummary):
-    """The same request row by row."""
-
-    settings: dict[str, Any]
-    """The settings that hold for it."""
-    vision_ranges: list[tuple[int, int]]
-    """Half-open ranges of positions of its vision tokens."""
-    ranked_ranges: list[tuple[int, int]]
-    """Of those that can be evicted."""
-    timeline: list[Held]
-    """Each length at which a count of blocks changes."""
-    layers: list[LayerReport]
-    """Empty unless rows are remembered: core selection, text eviction, or the
-    `introspection` setting."""
 
 
 def summarize(request_id: str, state: RequestState) -> RequestSummary:
