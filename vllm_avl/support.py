@@ -85,8 +85,13 @@ only: it may read blocks that were given back.
 """
 CACHELESS_DRAFTERS = ("ngram", "ngram_gpu", "suffix", "medusa", "custom_class")
 """Methods of speculative decoding that draft without a KV cache of their own."""
-ADAPTED_DRAFTERS = ("eagle", "eagle3")
-"""Methods whose own layers are adapted like the model's."""
+ADAPTED_DRAFTERS = {
+    "cpu": ("eagle", "eagle3", "mtp", "draft_model"),
+    "cuda": ("eagle", "eagle3"),
+}
+"""By kind of device: methods whose own layers are adapted like the model's."""
+MTP_MODELS = ("GlmOcrMTPModel",)
+"""Architectures of multi-token prediction that were run beside us."""
 
 
 def refuse_platform(name: str) -> NoReturn:
@@ -150,7 +155,7 @@ def check_config(
     device_type = vllm_config.device_config.device_type
     _check_cache(vllm_config.cache_config.cache_dtype, device_type)
     if vllm_config.speculative_config is not None:
-        _check_drafts(vllm_config.speculative_config, device_type, avl_config)
+        _check_drafts(vllm_config, device_type, avl_config)
     _check_connector(vllm_config, offloading)
     _check_chunks(vllm_config.scheduler_config, avl_config)
 
@@ -191,8 +196,9 @@ def _check_cache(dtype: str, device_type: str) -> None:
         )
 
 
-def _check_drafts(drafts: Any, device_type: str, avl_config: AVLConfig) -> None:
-    methods = CACHELESS_DRAFTERS + ADAPTED_DRAFTERS
+def _check_drafts(vllm_config: Any, device_type: str, avl_config: AVLConfig) -> None:
+    drafts = vllm_config.speculative_config
+    methods = CACHELESS_DRAFTERS + ADAPTED_DRAFTERS[device_type]
     if drafts.method not in methods:
         raise UnsupportedError(
             f"{BACKEND} does not support speculative decoding by {drafts.method!r} on "
@@ -200,8 +206,12 @@ def _check_drafts(drafts: Any, device_type: str, avl_config: AVLConfig) -> None:
             f"let the method in --speculative-config be {', '.join(methods[:-1])} or "
             f"{methods[-1]}, {WAY_OUT}"
         )
-    if drafts.method in ADAPTED_DRAFTERS:
+    if drafts.method not in CACHELESS_DRAFTERS:
         _check_adapted_drafter(drafts)
+    if drafts.method == "draft_model":
+        _check_draft_model(drafts.draft_model_config, vllm_config.model_config)
+    if drafts.method == "mtp":
+        _check_mtp(drafts.draft_model_config)
     if not avl_config.reads_all:
         raise UnsupportedError(
             f"{BACKEND} supports speculative decoding where all that is stored is "
@@ -216,6 +226,7 @@ def _check_adapted_drafter(drafts: Any) -> None:
         "parallel_drafting": drafts.parallel_drafting,
         "attention_backend": backend is not None and backend.name != NAME,
         "kv_cache_dtype": drafts.kv_cache_dtype is not None,
+        "use_heterogeneous_vocab": drafts.use_heterogeneous_vocab,
     }
     for field, is_set in found.items():
         if is_set:
@@ -224,6 +235,34 @@ def _check_adapted_drafter(drafts: Any) -> None:
                 f"does not support {field} = {getattr(drafts, field)!r} in "
                 f"--speculative-config; leave it out, {WAY_OUT}"
             )
+
+
+def _check_draft_model(draft: Any, model: Any) -> None:
+    found = {
+        "other layers than full attention": (
+            draft.is_hybrid
+            or draft.is_attention_free
+            or draft.get_sliding_window() is not None
+        ),
+        # vLLM takes a rotary position for the place of a token.
+        "rotary positions in several axes": draft.uses_mrope or model.uses_mrope,
+    }
+    for feature, present in found.items():
+        if present:
+            raise UnsupportedError(
+                f"{BACKEND} does not support a draft model where it or the model has "
+                f"{feature}; choose another method in --speculative-config, {WAY_OUT}"
+            )
+
+
+def _check_mtp(draft: Any) -> None:
+    unknown = [name for name in draft.architectures if name not in MTP_MODELS]
+    if unknown:
+        raise UnsupportedError(
+            f"{BACKEND} supports multi-token prediction by {', '.join(MTP_MODELS)}, "
+            f"not yet by {', '.join(unknown)}; choose another method in "
+            f"--speculative-config, {WAY_OUT}"
+        )
 
 
 def check_drafted_request(avl_config: AVLConfig) -> None:
@@ -293,69 +332,3 @@ def check_attention(attn_type: str, use_mla: bool, scales_by_head: bool) -> None
         raise UnsupportedError(f"{BACKEND} {REFUSALS[0].sentence}, {WAY_OUT}")
     if attn_type == "encoder_decoder":
         raise UnsupportedError(f"{BACKEND} {REFUSALS[1].sentence}, {WAY_OUT}")
-
-
-def check_layer(
-    *, alibi: bool, sinks: bool, sliding_window: bool, kv_sharing: bool
-) -> None:
-    """Refuse decoder layers whose cached rows cannot be moved or dropped freely."""
-    found = {
-        "ALiBi position biases": alibi,
-        "attention sinks": sinks,
-        "sliding-window attention": sliding_window,
-        "KV-cache sharing between layers": kv_sharing,
-    }
-    for feature, present in found.items():
-        if present:
-            raise UnsupportedError(
-                f"{BACKEND} does not support models with {feature}; choose another "
-                f"model, {WAY_OUT}"
-            )
-
-
-def check_layer_names(names: Sequence[str]) -> None:
-    """Refuse layers that cannot be told apart by the one number in their name."""
-    numbers = [[part for part in name.split(".") if part.isdigit()] for name in names]
-    told_apart = {int(found[0]) for found in numbers if len(found) == 1}
-    if len(told_apart) != len(names):
-        raise UnsupportedError(
-            f"{BACKEND} supports models whose attention layers are numbered, and the "
-            f"names of this one's are {', '.join(names)}; choose another model, "
-            f"{WAY_OUT}"
-        )
-
-
-def check_spec(spec: object, ours: type) -> None:
-    """Refuse a cache group that vLLM did not leave as we specified it."""
-    # Exactly ours: merging specs silently drops subclasses and their fields.
-    if type(spec) is not ours:
-        raise UnsupportedError(
-            f"{BACKEND} adapts layers with plain full attention, and is given ones "
-            f"with a {type(spec).__name__}; choose another model, {WAY_OUT}"
-        )
-
-
-def find_group(
-    specs: Sequence[object], ours: type, others: tuple[type, ...] = ()
-) -> int:
-    """Return which cache group is ours, beside groups of `others`, which are vLLM's.
-
-    Raises:
-        UnsupportedError: none or several are ours, or one is of another kind.
-    """
-    kinds = ", ".join(other.__name__ for other in others) or "nothing"
-    for spec in specs:
-        # Exactly these: subclasses may store something else.
-        if type(spec) not in (ours, *others):
-            raise UnsupportedError(
-                f"{BACKEND} supports plain full attention, and beside it {kinds} on "
-                f"this device; this model has a {type(spec).__name__} group; choose "
-                f"another model, {WAY_OUT}"
-            )
-    found = [index for index, spec in enumerate(specs) if type(spec) is ours]
-    if len(found) != 1:
-        raise UnsupportedError(
-            f"{BACKEND} supports models with one KV cache group of full attention, and "
-            f"this one has {len(found)}; choose another model, {WAY_OUT}"
-        )
-    return found[0]

@@ -6,11 +6,11 @@ import sys
 import pytest
 
 UNNUMBERED = """
-from vllm_avl.support import check_layer_names
+from vllm_avl.layers import check_layer_names
 check_layer_names(["model.first.attn", "model.second.attn"])
 """
 AMBIGUOUS = """
-from vllm_avl.support import check_layer_names
+from vllm_avl.layers import check_layer_names
 check_layer_names(["layers.0.sub.0.attn", "layers.1.sub.1.attn"])
 """
 SHARED = """

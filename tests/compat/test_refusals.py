@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm_avl.kernels.cpu.vectors import ELEMENTS
 
-from vllm_avl import support
+from vllm_avl import layers, support
 from vllm_avl.compat import platform
 from vllm_avl.config import AVLConfig
 from vllm_avl.front_end import request_settings
@@ -106,6 +106,7 @@ def settings(**changes):
         "model_config": {
             "use_mla": False,
             "is_encoder_decoder": False,
+            "uses_mrope": False,
         },
         "device_config": {"device_type": "cuda"},
         "speculative_config": None,
@@ -157,10 +158,23 @@ def drafting(method, device="cuda", **more):
         "parallel_drafting": False,
         "attention_backend": None,
         "kv_cache_dtype": None,
+        "use_heterogeneous_vocab": False,
+        "draft_model_config": draft_model(),
     }
     drafts = SimpleNamespace(method=method, **(plain | more))
     config = {"device_config__device_type": device, "speculative_config": drafts}
     return settings(**config)
+
+
+def draft_model(sliding_window=None, **changes):
+    plain = {
+        "architectures": ["GlmOcrMTPModel"],
+        "is_hybrid": False,
+        "is_attention_free": False,
+        "uses_mrope": False,
+        "get_sliding_window": lambda: sliding_window,
+    }
+    return SimpleNamespace(**(plain | changes))
 
 
 METHODS = {
@@ -171,25 +185,56 @@ METHODS = {
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_drafters_go_by_whether_they_have_a_cache(method, device):
-    if method in support.CACHELESS_DRAFTERS + support.ADAPTED_DRAFTERS:
+    if method in support.CACHELESS_DRAFTERS + support.ADAPTED_DRAFTERS[device]:
         support.check_config(drafting(method, device), AVLConfig())
         return
     with pytest.raises(UnsupportedError, match=f"speculative decoding by '{method}'"):
         support.check_config(drafting(method, device), AVLConfig())
 
 
-@pytest.mark.parametrize("method", support.ADAPTED_DRAFTERS)
+@pytest.mark.parametrize("method", support.ADAPTED_DRAFTERS["cpu"])
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("parallel_drafting", True),
         ("attention_backend", AttentionBackendEnum.CPU_ATTN),
         ("kv_cache_dtype", "fp8"),
+        ("use_heterogeneous_vocab", True),
     ],
 )
 def test_what_an_adapted_drafter_may_not_have(method, field, value):
     config = drafting(method, "cpu", **{field: value})
     with pytest.raises(UnsupportedError, match=re.escape(f"{field} = {value!r}")):
+        support.check_config(config, AVLConfig())
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"sliding_window": 64}, "other layers than full attention"),
+        ({"is_hybrid": True}, "other layers than full attention"),
+        ({"is_attention_free": True}, "other layers than full attention"),
+        ({"uses_mrope": True}, "rotary positions in several axes"),
+    ],
+)
+def test_what_a_draft_model_may_not_be(changes, named):
+    config = drafting("draft_model", "cpu", draft_model_config=draft_model(**changes))
+    with pytest.raises(UnsupportedError, match=named):
+        support.check_config(config, AVLConfig())
+
+
+def test_a_draft_model_beside_rotary_positions_in_several_axes():
+    config = drafting("draft_model", "cpu")
+    config.model_config.uses_mrope = True
+    with pytest.raises(UnsupportedError, match="rotary positions in several axes"):
+        support.check_config(config, AVLConfig())
+
+
+def test_untried_multi_token_prediction():
+    config = drafting(
+        "mtp", "cpu", draft_model_config=draft_model(architectures=["Qwen3_5MTP"])
+    )
+    with pytest.raises(UnsupportedError, match="by GlmOcrMTPModel, not yet by Qwen3_5"):
         support.check_config(config, AVLConfig())
 
 
@@ -208,7 +253,7 @@ def test_drafts_where_all_that_is_stored_is_read(settings):
 def test_drafters_of_this_vllm_are_known():
     # 0.33 has no Medusa any more.
     gone = set() if vllm.__version__.startswith("0.32") else {"medusa"}
-    known = {*support.CACHELESS_DRAFTERS, *support.ADAPTED_DRAFTERS}
+    known = {*support.CACHELESS_DRAFTERS, *support.ADAPTED_DRAFTERS["cpu"]}
     assert known - gone < METHODS
     assert not gone & METHODS
 
@@ -342,9 +387,9 @@ def test_other_devices_are_refused(checkpoints, monkeypatch):
 )
 def test_layers(feature, named):
     features = dict.fromkeys(("alibi", "sinks", "sliding_window", "kv_sharing"), False)
-    support.check_layer(**features)
+    layers.check_layer(**features)
     with pytest.raises(UnsupportedError, match=named):
-        support.check_layer(**features | {feature: True})
+        layers.check_layer(**features | {feature: True})
 
 
 @pytest.mark.parametrize(
@@ -442,7 +487,8 @@ def groups_of(*specs):
 
 def test_layers_that_are_not_numbered():
     names = ["model.layers.0.attn", "model.layers.1.attn"]
-    support.check_layer_names(names)
+    layers.check_layer_names(names)
+    layers.check_layer_names([*names, "draft_model.model.layers.1.attn"])
     for odd in (["attn"], [*names, "model.layers.1.attn"], ["towers.0.layers.1.attn"]):
         with pytest.raises(UnsupportedError, match="attention layers are numbered"):
-            support.check_layer_names(odd)
+            layers.check_layer_names(odd)

@@ -49,19 +49,24 @@ def checkpoint(tmp_path_factory):
     return models.build("llava", tmp_path_factory.mktemp("tiny") / "llava", SIZE)
 
 
-@pytest.fixture(scope="module")
-def eagle(checkpoint):
-    """Options of an engine with a drafter that has a layer of its own."""
-    drafter = drafters.build("eagle", checkpoint, checkpoint.parent / "eagle")
+@pytest.fixture(scope="module", params=["eagle", "draft_model"])
+def drafter(request, checkpoint):
+    """Options of an engine with a drafter that has layers of its own."""
+    method, out_dir = request.param, checkpoint.parent / request.param
+    if method == "eagle":
+        folder, num_layers = drafters.build(method, checkpoint, out_dir), 1
+    else:
+        # Its layers have the model's numbers, and are twice as large.
+        folder, num_layers = drafters.build_model(checkpoint, out_dir, 2), 4
     return {
-        "num_layers": SIZE.num_layers + 1,
+        "num_layers": SIZE.num_layers + num_layers,
         # Of 500 for all, the second of two pictures would find no room in stock's
         # encoder cache, and wait for ever.
         "max_num_batched_tokens": 1300,
         "long_prefill_token_threshold": 500,
         "speculative_config": {
-            "method": "eagle",
-            "model": str(drafter),
+            "method": method,
+            "model": str(folder),
             "num_speculative_tokens": 3,
         },
     }
@@ -174,9 +179,9 @@ class Drafted:
         return found
 
 
-def test_a_drafter_with_layers_of_its_own(start, expected, eagle):
+def test_a_drafter_with_layers_of_its_own(start, expected, drafter):
     """What it drafts tells whether its layers read what is theirs, and nothing else."""
-    alone, engine = start(**eagle), start(NUM_BLOCKS, **eagle)
+    alone, engine = start(**drafter), start(NUM_BLOCKS, **drafter)
     wanted, drafted = {}, Drafted(alone)
     for ask in QUESTIONS:
         alone.llm.reset_prefix_cache()
@@ -198,11 +203,23 @@ def test_a_drafter_with_layers_of_its_own(start, expected, eagle):
     assert num_compared > 1000
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
-def test_eagle3(checkpoints, tmp_path, name):
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("eagle3", "llava"),
+        ("eagle3", "qwen3_vl"),
+        ("draft_model", "llava"),
+        ("mtp", "glm_ocr"),
+    ],
+)
+def test_other_drafters_with_layers(checkpoints, tmp_path, method, name):
+    """With a preemption of all and an abort in the middle of drafts."""
     target = checkpoints(name)
-    drafter = drafters.build("eagle3", target, tmp_path / "drafter")
-    drafts = {"method": "eagle3", "model": str(drafter), "num_speculative_tokens": 3}
+    drafts = {"method": method, "num_speculative_tokens": 3}
+    if method == "eagle3":
+        drafts["model"] = str(drafters.build(method, target, tmp_path / "drafter"))
+    elif method == "draft_model":
+        drafts["model"] = str(drafters.build_model(target, tmp_path / "drafter"))
     asks = [
         Ask((1,), "What is it?", 30),
         Ask((1, 2), "Why?", 20, (("avl_store_ratio", 0.2),)),
@@ -217,13 +234,21 @@ def test_eagle3(checkpoints, tmp_path, name):
     assert engine.ask(asks) == wanted
     for index, ask in enumerate(asks):
         engine.add(f"{index}", ask)
-    answers = {}
+    gone = Ask((1,), "Who asks?", 30)
+    engine.add("gone", gone)
+    answers, num_steps = {}, 0
     while engine.llm.llm_engine.has_unfinished_requests():
+        if num_steps == 6:
+            engine.abort("gone")
+            assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
         engine.poison_free_blocks()
         answers |= engine.step()
         engine.check_integrity()
+        num_steps += 1
+    assert num_steps > 10
     assert [answers[f"{index}"] for index in range(len(asks))] == wanted
-    noted = drafted.take({f"{index}": ask for index, ask in enumerate(asks)})
+    asked = {f"{index}": ask for index, ask in enumerate(asks)} | {"gone": gone}
+    noted = drafted.take(asked)
     assert any(noted.values())
     engine.shutdown()
 

@@ -79,7 +79,7 @@ class OnCPU:
         starts = torch.tensor([0, len(query)], dtype=torch.int32)
         ours = _attended(rows, stored, seq_lens.numpy(), starts)
         if ours is not None:
-            self.cache.attend(query, ours.rows, ours.masks(1), output)
+            self.cache.attend(query, ours.rows, ours.masks("l.1"), output)
         return ours is not None
 
 
@@ -190,7 +190,7 @@ class Served:
     @property
     def rows(self):
         """What the layer knows of its rows."""
-        return self.state.layers[1]
+        return self.state.layers["l.1"]
 
     @property
     def plan(self):
@@ -238,7 +238,7 @@ class Served:
         torch.testing.assert_close(output[-1], expected, atol=2e-5, rtol=1e-5)
         self.tasks = make_tasks(rows, table, stored, [0, num_new], BLOCK_SIZE)
         for task in self.tasks:
-            Layer(1, self.device.cache, self.ranks).perform(task, query, output)
+            Layer("l.1", self.device.cache, self.ranks).perform(task, query, output)
             num_freed = 0 if self.plan.shares else task.num_aged // BLOCK_SIZE
             self.poison(task.stored[:num_freed].tolist())
         step.end()

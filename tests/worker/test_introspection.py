@@ -58,7 +58,7 @@ def answering(num_tokens=25, **settings):
     assert state.plan.first_stored_block == 2
     grow(state, num_tokens)
     # Best first when the prompt ended; refreshes have changed which of them are core.
-    state.layers[1] = rows_of([*TEXT, 18, 5, 17, 4, 6, 9, 8, 11])
+    state.layers["layers.1"] = rows_of([*TEXT, 18, 5, 17, 4, 6, 9, 8, 11])
     return state
 
 
@@ -88,7 +88,7 @@ def test_blocks_are_counted_as_the_plan_does():
 def test_evicted_text_is_counted_but_not_told(monkeypatch):
     monkeypatch.setattr(plans, "TEXT_MIN_TOKENS", 0)
     state = answering(25, text_keep_ratio=0.5)
-    state.layers[1] = rows_of([20, 1, *SECONDARY, 2, *CORE, 0, 24], start=12)
+    state.layers["layers.1"] = rows_of([20, 1, *SECONDARY, 2, *CORE, 0, 24], start=12)
     told = report("r", state)
     # 6 text tokens behind the image, of which the window holds 3.
     assert told.num_blocks_freed == 2
@@ -102,7 +102,7 @@ def test_evicted_text_is_counted_but_not_told(monkeypatch):
 def test_heads_that_differ_are_told_apart():
     state = answering(22, policy="h2o")
     row = SECONDARY + TEXT + CORE
-    state.layers[1] = rows_of(row, row[::-1], secondary=[SECONDARY, CORE])
+    state.layers["layers.1"] = rows_of(row, row[::-1], secondary=[SECONDARY, CORE])
     (layer,) = report("r", state).layers
     assert layer.core == [sorted(TEXT + CORE), sorted(TEXT + SECONDARY)]
     assert layer.secondary == [sorted(SECONDARY), sorted(CORE)]
@@ -112,8 +112,16 @@ def test_heads_that_differ_are_told_apart():
 
 def test_layers_are_told_in_order():
     state = answering()
-    state.layers[0] = state.layers[1]
+    state.layers["layers.0"] = state.layers["layers.1"]
     assert [layer.layer for layer in report("r", state).layers] == [0, 1]
+
+
+def test_a_drafters_layers_are_not_told():
+    state = answering()
+    drafted = rows_of([*TEXT, 18, 5, 17, 4, 6, 9, 8, 11])
+    drafted.of_drafter = True
+    state.layers["draft_model.layers.1"] = drafted
+    assert [layer.layer for layer in report("r", state).layers] == [1]
 
 
 def test_a_report_says_whose_it_is():
@@ -212,8 +220,8 @@ def test_a_remembered_request_keeps_its_report_and_no_sums():
     requests = WorkerRequests(2, block_size=4)
     requests.update((), (), {"a": told_of(policy="h2o")})
     state = requests.running["a"]
-    state.layers[1] = answering().layers[1]
-    state.layers[1].sums = torch.ones(2, 12)
+    state.layers["layers.1"] = answering().layers["layers.1"]
+    state.layers["layers.1"].sums = torch.ones(2, 12)
     requests.begin({"a": 24}, {"a": 1}, list).end()
     before = report("a", state)
     assert (before.num_tokens, before.num_refreshes) == (25, 1)
@@ -221,7 +229,7 @@ def test_a_remembered_request_keeps_its_report_and_no_sums():
     assert requests.running["b"].seat == state.seat
     after = report("a", requests.find("a"))
     assert after == replace(before, running=False)
-    assert state.layers[1].sums is None
+    assert state.layers["layers.1"].sums is None
     assert state.memo == {}
 
 
@@ -285,7 +293,7 @@ def noted(history, num_tokens, positions, core, num_full_tokens):
 
 def test_selections_are_told_in_the_order_they_were_made():
     state = answering(introspection=1)
-    history = state.layers[1].history
+    history = state.layers["layers.1"].history
     # Behind the full blocks nothing is ranked.
     noted(history, 22, [3, 4, 5, 19, 20, 25], [3, 4, 19, 20, 25], 20)
     noted(history, 25, SECONDARY + TEXT + CORE + [20, 21], CORE + TEXT + [20], 20)

@@ -462,16 +462,19 @@ def test_masks_stay_where_they_are_when_seats_are_added():
     worker = Worker()
     worker.give("first", **CORE)
     state = worker.requests.running["first"]
-    state.seats.set_mask(3, state.seat, 1234)
+    state.seats.set_mask("l.3", state.seat, 1234)
     for i in range(20):
         worker.give(f"{i}", **CORE)
     seats = [one.seat for one in worker.requests.running.values()]
     assert len(set(seats)) == 21
-    state.seats.set_mask(3, state.seat, 5678, of_kept=True)
+    state.seats.set_mask("l.3", state.seat, 5678, of_kept=True)
     of_kept = np.zeros(21, np.intp)
     seats = state.seats.names_to_seats(seats)
-    assert state.seats.masks(3, seats, of_kept).tolist() == [1234, *[0] * 20]
-    assert state.seats.masks(3, seats, of_kept + 1).tolist() == [5678, *[0] * 20]
+    assert state.seats.masks("l.3", seats, of_kept).tolist() == [1234, *[0] * 20]
+    assert state.seats.masks("l.3", seats, of_kept + 1).tolist() == [
+        5678,
+        *[0] * 20,
+    ]
 
 
 @pytest.mark.parametrize("by", ["finished", "preempted", "told again"])

@@ -90,7 +90,7 @@ def answer(policy, cache, num_copied=0, lengths=range(PROMPT, PROMPT + 60), **se
         stored = stored_table(rows, table, BLOCK_SIZE)
         query = torch.rand(num_new, NUM_HEADS, HEAD_SIZE, device=DEVICE)
         for task in make_tasks(rows, table, stored, [0, num_new], BLOCK_SIZE):
-            Layer(1, cache, ALONE).perform(task, query, torch.empty_like(query))
+            Layer("l.1", cache, ALONE).perform(task, query, torch.empty_like(query))
         step.end()
     state = requests.running["r"]
     requests.update(["r"], (), {})

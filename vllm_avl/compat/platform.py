@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from vllm_avl.config import parse_config
 from vllm_avl.support import (
-    ADAPTED_DRAFTERS,
+    CACHELESS_DRAFTERS,
     NAME,
     OFFLOADING,
     check_attention,
@@ -180,7 +180,7 @@ def update_config(original: Callable[..., None]) -> classmethod:
             vllm_config.model_config.hf_config.model_type, cache.cache_dtype
         )
         drafts = vllm_config.speculative_config
-        if drafts is not None and drafts.method in ADAPTED_DRAFTERS:
+        if drafts is not None and drafts.method not in CACHELESS_DRAFTERS:
             # Its layers share our cache group, and with it what is freed.
             drafts.attention_backend = vllm_config.attention_config.backend
         parallel.worker_cls = ours.worker

@@ -8,11 +8,13 @@ from __future__ import annotations
 import functools
 
 from vllm.platforms import current_platform
+from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_avl.compat.seam import Patch, Seam, mismatches_of, unmet_by
 from vllm_avl.support import refuse_vllm
 from vllm_avl.worker.counted import CountedOutput
+from vllm_avl.worker.drafts import place_by_length
 
 SEAMS: tuple[Seam, ...] = (
     Seam(
@@ -34,7 +36,24 @@ SEAMS: tuple[Seam, ...] = (
         "the final cache groups are known",
     ),
 )
-PATCHES: tuple[Patch, ...] = ()
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        SpecDecodeBaseProposer,
+        "_update_positions_dependent_metadata",
+        (
+            "self",
+            "positions",
+            "common_attn_metadata",
+            "batch_size",
+            "input_batch_size",
+            "block_size",
+        ),
+        "vLLM puts what a drafter's own layers cache where the rotary position says, "
+        "which in several axes lies in front: in blocks that we have given back",
+        wrap=place_by_length,
+        until="vLLM places a draft's rows by their number",
+    ),
+)
 OURS: tuple[type, ...] = (CountedOutput,)
 """What vLLM or a worker makes of ours; of back ends one that is always there."""
 

@@ -9,12 +9,14 @@ from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
+    KVCacheSpec,
     MambaSpec,
     SlidingWindowSpec,
+    iter_layer_specs,
     replace_as,
 )
 
-from vllm_avl.support import find_group
+from vllm_avl.layers import find_group
 
 OTHERS = {"cpu": (SlidingWindowSpec, MambaSpec), "cuda": (SlidingWindowSpec,)}
 """By platform: of groups that may lie beside ours, and stay as vLLM has them.
@@ -39,6 +41,15 @@ def our_group(kv_cache_config: KVCacheConfig) -> int:
     Raises:
         UnsupportedError: there is none, or one beside it that must not be.
     """
-    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    specs = [spec_of(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups]
     others = OTHERS["cpu" if current_platform.is_cpu() else "cuda"]
     return find_group(specs, AVLSpec, others)
+
+
+def spec_of(group: KVCacheSpec) -> KVCacheSpec:
+    """Return a layer's spec of a group all of whose layers are ours, else the group's.
+
+    A draft model may have other heads than the model, and then each layer has a spec.
+    """
+    specs = list(iter_layer_specs(group))
+    return specs[0] if all(type(spec) is AVLSpec for spec in specs) else group

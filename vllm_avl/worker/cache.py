@@ -98,13 +98,13 @@ class Cache(Protocol):
         """
 
     def set_core(
-        self, task: Task, layer: int, rows: LayerRows, mask: torch.Tensor
+        self, task: Task, layer: str, rows: LayerRows, mask: torch.Tensor
     ) -> None:
         """Let ordinary steps read core from now on.
 
         Args:
             task: of the request.
-            layer: index of the layer.
+            layer: name of the layer.
             rows: what it stores; its `core` is set.
             mask: [num_rankings, num_slots] bool, contiguous; never changed.
         """

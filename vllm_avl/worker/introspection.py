@@ -7,6 +7,7 @@ from itertools import compress
 
 import torch
 
+from vllm_avl.layers import layer_number
 from vllm_avl.plan import Plan, count
 from vllm_avl.reports import (
     CoreSelection,
@@ -45,10 +46,14 @@ def report(request_id: str, state: RequestState) -> RequestReport:
         vision_ranges=list(plan.vision_ranges),
         ranked_ranges=list(plan.ranked_ranges),
         timeline=list(timeline(plan, state.num_tokens)),
-        layers=[
-            _report_layer(index, rows, state)
-            for index, rows in sorted(state.layers.items())
-        ],
+        layers=sorted(
+            (
+                _report_layer(layer_number(name) or 0, rows, state)
+                for name, rows in state.layers.items()
+                if not rows.of_drafter
+            ),
+            key=lambda layer: layer.layer,
+        ),
     )
 
 
@@ -65,7 +70,7 @@ def timeline(plan: Plan, num_tokens: int) -> Iterator[Held]:
         last = now
 
 
-def _report_layer(index: int, rows: LayerRows, state: RequestState) -> LayerReport:
+def _report_layer(number: int, rows: LayerRows, state: RequestState) -> LayerReport:
     ranked = set(state.candidates.tolist())
     appended = range(rows.start + rows.num_slots, state.num_tokens)
     mask = rows.mask()
@@ -85,4 +90,4 @@ def _report_layer(index: int, rows: LayerRows, state: RequestState) -> LayerRepo
         CoreSelection(num_tokens, core)
         for num_tokens, core in rows.history.among(state.candidates)
     ]
-    return LayerReport(index, core, secondary, evicted, text, history)
+    return LayerReport(number, core, secondary, evicted, text, history)

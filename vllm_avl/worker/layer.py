@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_avl.layers import layer_number
 from vllm_avl.metrics.definitions import Stage, key
 from vllm_avl.policies import TokenView
 from vllm_avl.worker.cache import Cache
@@ -20,7 +21,7 @@ from vllm_avl.worker.text import close_ranks, find_aged, move_mask
 class Layer:
     """One attention layer and its cache, on this rank."""
 
-    index: int
+    name: str
     cache: Cache
     ranks: Ranks
 
@@ -71,7 +72,8 @@ class Layer:
         positions = order.to(torch.int64)
         if not plan.moves_rows:
             positions = torch.arange(plan.num_full_tokens, device=order.device)[None]
-        rows = LayerRows(plan.first_stored_block * plan.block_size, positions)
+        start = plan.first_stored_block * plan.block_size
+        rows = LayerRows(start, positions, of_drafter=task.is_drafter)
         if state.splits_heads:
             rows.split_heads(self.cache.num_kv_heads)
         if plan.text_window is not None:
@@ -80,7 +82,7 @@ class Layer:
             by_kv_head = self._by_kv_head(attention)
             index = rows.positions.expand(len(by_kv_head), -1)
             rows.sums = by_kv_head.gather(1, index)
-        state.layers[self.index] = rows
+        state.layers[self.name] = rows
         if plan.shares:
             self._keep(task, rows, _mark(order, plan.num_full_tokens))
         if plan.has_core:
@@ -170,7 +172,7 @@ class Layer:
     def _refresh(self, task: Task, query: torch.Tensor) -> None:
         """Score what is stored, and select core anew."""
         state, plan = task.state, task.state.plan
-        rows = state.layers[self.index]
+        rows = state.layers[self.name]
         if plan.text_window is not None:
             rows.extend(task.num_tokens)
             if rows.kept is not None:
@@ -247,7 +249,7 @@ class Layer:
         stays = rows.stays()
         if stays is not None:
             mask = rows.over_slots(mask) & stays
-        self.cache.set_core(task, self.index, rows, mask)
+        self.cache.set_core(task, self.name, rows, mask)
         state.masks(mask.shape[1])
         if state.plan.config.introspection:
             rows.note_core(task.num_tokens, state.plan.num_full_tokens)
@@ -257,16 +259,16 @@ class Layer:
         state = task.state
         rows.kept = rows.over_slots(mask).contiguous()
         address = rows.kept.data_ptr()
-        state.seats.set_mask(self.index, state.seat, address, of_kept=True)
+        state.seats.set_mask(self.name, state.seat, address, of_kept=True)
         if not state.plan.has_core:
-            state.seats.set_mask(self.index, state.seat, address)
+            state.seats.set_mask(self.name, state.seat, address)
         state.masks(rows.kept.shape[1])
 
     def _evict_text(self, task: Task) -> None:
         """Evict whole blocks' worth of aged text."""
         state, plan = task.state, task.state.plan
         assert plan.text_window is not None
-        rows = state.layers[self.index]
+        rows = state.layers[self.name]
         rows.extend(task.num_tokens)
         mask = rows.mask()
         ages = state.ages(rows.positions)
@@ -311,7 +313,7 @@ class Layer:
             held=held,
             num_kept=num_kept,
             num_scoring_rows=state.plan.num_scoring_rows,
-            layer=self.index,
+            layer=layer_number(self.name) or 0,
             num_computed=task.num_tokens,
             memo=state.memo,
         )

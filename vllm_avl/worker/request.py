@@ -44,8 +44,8 @@ class RequestState:
     counts: Counts = field(default_factory=Counts)
     """The worker's."""
     kernels: Kernels = field(default_factory=Kernels)
-    layers: dict[int, LayerRows] = field(default_factory=dict)
-    """Stored rows by layer index; empty where nobody asks for them again."""
+    layers: dict[str, LayerRows] = field(default_factory=dict)
+    """Stored rows by layer name; empty where nobody asks for them again."""
     memo: dict[str, Any] = field(default_factory=dict)
     """Shared by the layers, for the policy."""
     running: bool = True
@@ -277,6 +277,8 @@ class Task:
     """[num_blocks] int32, where the prompt lies, in the step that ends it."""
     num_private: int = 0
     """Blocks at the head of `stored` that kept rows go to at the prompt's end."""
+    is_drafter: bool = False
+    """Whether the layers are a drafter's."""
 
     @cached_property
     def stored(self) -> torch.Tensor:

@@ -53,6 +53,8 @@ class LayerRows:
     kept: torch.Tensor | None = None
     """[num_rankings, num_slots] bool, which slots stay, and all behind them do; None
     where all do. Replaced, never changed."""
+    of_drafter: bool = False
+    """Whether the layer is a drafter's, which no report tells of."""
     _competing: tuple[torch.Tensor, torch.Tensor] | None = None
     """The last answer of `competes`, and which positions it was for."""
 

@@ -60,8 +60,8 @@ class SeatTable:
         """[num_seats] of SEAT."""
         self.private = torch.zeros(capacity, 8, dtype=torch.int32, device=device)
         """[num_seats, max_private] block ids, as the block manager counts them."""
-        self._masks: dict[int, npt.NDArray[np.int64]] = {}
-        """By layer, [num_seats, 2]: of core, and of what stays."""
+        self._masks: dict[str, npt.NDArray[np.int64]] = {}
+        """By layer's name, [num_seats, 2]: of core, and of what stays."""
         self._free = list(range(capacity))[::-1]
 
     def take(self) -> int:
@@ -93,12 +93,12 @@ class SeatTable:
         self.records["num_private"][seat] = size
 
     def set_mask(
-        self, layer: int, seat: int, address: int, *, of_kept: bool = False
+        self, layer: str, seat: int, address: int, *, of_kept: bool = False
     ) -> None:
         """Say where a layer's mask over a request's slots lies in memory.
 
         Args:
-            layer: index of it.
+            layer: name of it.
             seat: of the request.
             address: of the mask.
             of_kept: whether it says what stays, and not what is core.
@@ -106,18 +106,18 @@ class SeatTable:
         self._masks_of(layer)[seat, int(of_kept)] = address
 
     def masks(
-        self, layer: int, seats: Seats, of_kept: npt.NDArray[np.intp]
+        self, layer: str, seats: Seats, of_kept: npt.NDArray[np.intp]
     ) -> npt.NDArray[np.int64]:
         """Addresses of a layer's masks; 0 where none has been set.
 
         Args:
-            layer: index of it.
+            layer: name of it.
             seats: of the requests.
             of_kept: as seats, 1 for the mask of what stays, 0 for that of core.
         """
         return self._masks_of(layer)[seats, of_kept]
 
-    def _masks_of(self, layer: int) -> npt.NDArray[np.int64]:
+    def _masks_of(self, layer: str) -> npt.NDArray[np.int64]:
         if layer not in self._masks:
             self._masks[layer] = np.zeros((len(self.records), 2), np.int64)
         return self._masks[layer]

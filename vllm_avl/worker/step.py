@@ -7,6 +7,7 @@ subclass in compat opens a `Step` around each forward pass instead. Outside of o
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -159,6 +160,10 @@ class Step:
     num_entered: torch.Tensor | None = None
     """[1] int32 on the device, where kernels add the rows that enter core; None where
     the step chooses no core in kernels."""
+    num_behind: int = 0
+    """Tokens that stand behind those of the step, in each row."""
+    is_drafter: bool = False
+    """Whether the layers are a drafter's."""
     _rows: StepRows | None = None
 
     def __post_init__(self) -> None:
@@ -191,6 +196,17 @@ class Step:
     @cached_property
     def _states(self) -> list[RequestState]:
         return [self.requests.running[name] for name in self.index]
+
+    def repeated(self, num_behind: int) -> Step:
+        """The step as a drafter's first pass repeats it.
+
+        Args:
+            num_behind: tokens that it has computed behind each row's: a draft model
+                takes in the one that has been sampled, where others are shifted by it.
+        """
+        step = copy.copy(self)
+        step.num_behind, step.is_drafter, step._rows = num_behind, True, None
+        return step
 
     @cached_property
     def continued(self) -> Step:
@@ -288,14 +304,20 @@ def executing(step: Step | None) -> Iterator[None]:
         _current.reset(token)
 
 
-def drafting(draft_index: int) -> AbstractContextManager[None]:
+def drafting(draft_index: int, num_behind: int = 0) -> AbstractContextManager[None]:
     """Make the current step what a pass of a drafter's layers is part of.
 
     The first pass is over the step's tokens, and works as the step does; those behind
     it are a token each, behind what the first has stored.
+
+    Args:
+        draft_index: 0 for the first pass.
+        num_behind: see `Step.repeated`.
     """
     step = current_step()
-    return executing(step.continued if draft_index and step is not None else step)
+    if step is not None:
+        step = step.continued if draft_index else step.repeated(num_behind)
+    return executing(step)
 
 
 def current_step() -> Step | None:

@@ -132,7 +132,7 @@ def make_tasks(
         tasks.append(
             Task(
                 state,
-                query_starts[row + 1],
+                query_starts[row + 1] - step.num_behind,
                 length,
                 stored,
                 first * manager_size,
@@ -141,6 +141,7 @@ def make_tasks(
                 num_aged * manager_size,
                 prompt,
                 num_private,
+                step.is_drafter,
             )
         )
     return tasks

@@ -17,7 +17,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_avl.compat import worker_patches
 from vllm_avl.config import AVLConfig, parse_config
 from vllm_avl.messages import received_compactions, send_counts
-from vllm_avl.scheduler.spec import AVLSpec, our_group
+from vllm_avl.scheduler.spec import AVLSpec, our_group, spec_of
 from vllm_avl.worker.counted import CountedOutput
 from vllm_avl.worker.introspection import (
     RequestReport,
@@ -26,7 +26,7 @@ from vllm_avl.worker.introspection import (
     summarize,
 )
 from vllm_avl.worker.request import Kernels
-from vllm_avl.worker.step import Step, WorkerRequests, drafting, executing
+from vllm_avl.worker.step import Step, WorkerRequests, executing
 
 
 class AVLWorker(Worker):
@@ -43,7 +43,8 @@ class AVLWorker(Worker):
         """Refuse cache groups that are not ours, then allocate."""
         group = kv_cache_config.kv_cache_groups[our_group(kv_cache_config)]
         super().initialize_from_config(kv_cache_config)
-        spec = group.kv_cache_spec
+        spec = spec_of(group.kv_cache_spec)
+        assert isinstance(spec, AVLSpec)
         config = parse_config(self.vllm_config.additional_config)
         self._avl_requests = WorkerRequests(
             config.introspection,
@@ -80,8 +81,11 @@ class AVLWorker(Worker):
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample, and let the step's counts travel with its tokens."""
         # A drafter's layers run behind it, and are layers of the step.
-        with executing(self._avl_step), drafting(int(self.use_v2_model_runner)):
-            # Runner V2 builds metadata for the passes behind the first only.
+        step = self._avl_step
+        if step is not None and self.use_v2_model_runner:
+            # It builds metadata for the passes behind the first only.
+            step = step.continued
+        with executing(step):
             output = super().sample_tokens(grammar_output)
         counts = self._avl_requests.counts.take()
         if isinstance(output, AsyncModelRunnerOutput):

@@ -30,6 +30,7 @@ MODELS: dict[str, Callable[[Path, ModelSize, int], None]] = {
     "llava_onevision": architectures.llava_onevision,
     "qwen3_vl": qwen.qwen3_vl,
     "glm4_1v": qwen.glm4_1v,
+    "glm_ocr": qwen.glm_ocr,
     "mistral3": mistral.mistral3,
     "pixtral": mistral.pixtral,
     "gemma3": gemma.gemma3,

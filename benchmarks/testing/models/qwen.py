@@ -6,6 +6,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.testing.models import drafters
 from benchmarks.testing.models.architectures import PATCH_SIZE, text_settings
 from benchmarks.testing.models.gemma import layer_types
 from benchmarks.testing.models.size import ModelSize
@@ -55,38 +56,66 @@ def qwen3_5(out_dir: Path, size: ModelSize, seed: int) -> None:
 
 def glm4_1v(out_dir: Path, size: ModelSize, seed: int) -> None:
     """GLM-4.1V: one token per 28 x 28 pixels."""
-    tokenizer = make_tokenizer(
-        "glm4_1v",
-        [
-            "<|begin_of_image|>",
-            "<|end_of_image|>",
-            "<|image|>",
-            "<|begin_of_video|>",
-            "<|end_of_video|>",
-            "<|video|>",
-        ],
-    )
-    settings = text_settings(size, tokenizer)
+    tokenizer, settings, others = _glm_settings("glm4_1v", size)
     del settings["head_dim"]
     config = transformers.Glm4vConfig(
         text_config=settings
         | {"rope_parameters": _rope(size, 2, partial_rotary_factor=0.5)},
-        vision_config={
-            "depth": size.vision_num_layers,
-            "hidden_size": size.vision_hidden_size,
-            "intermediate_size": size.vision_intermediate_size,
-            "num_heads": size.vision_num_heads,
-            "out_hidden_size": size.hidden_size,
-        },
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image|>"),
-        video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"),
-        image_start_token_id=tokenizer.convert_tokens_to_ids("<|begin_of_image|>"),
-        image_end_token_id=tokenizer.convert_tokens_to_ids("<|end_of_image|>"),
-        video_start_token_id=tokenizer.convert_tokens_to_ids("<|begin_of_video|>"),
-        video_end_token_id=tokenizer.convert_tokens_to_ids("<|end_of_video|>"),
+        **others,
     )
+    model = transformers.Glm4vForConditionalGeneration(config)
+    save(out_dir, model, _glm_processor(tokenizer), seed)
+
+
+def glm_ocr(out_dir: Path, size: ModelSize, seed: int) -> None:
+    """GLM-OCR: as GLM-4.1V, and a layer behind the last one that predicts a token."""
+    tokenizer, settings, others = _glm_settings("glm_ocr", size)
+    settings |= {
+        "rope_parameters": _rope(size, partial_rotary_factor=1.0),
+        # Transformers and vLLM agree on the width of the tower's last layer.
+        "intermediate_size": 3 * size.hidden_size,
+        "num_nextn_predict_layers": 1,
+    }
+    config = transformers.GlmOcrConfig(
+        text_config=settings,
+        **others,
+    )
+    model = transformers.GlmOcrForConditionalGeneration(config)
+    save(out_dir, model, _glm_processor(tokenizer), seed)
+    drafters.add_mtp(out_dir, "model.language_model.layers.", seed)
+
+
+def _glm_settings(
+    name: str, size: ModelSize
+) -> tuple[PreTrainedTokenizerFast, dict[str, Any], dict[str, Any]]:
+    """Returns a tokenizer, the language model's settings and all others."""
+    tokens = {
+        f"{kind}{part}": f"<|{prefix}{kind}|>"
+        for kind in ("image", "video")
+        for part, prefix in (
+            ("_start", "begin_of_"),
+            ("_end", "end_of_"),
+            ("", ""),
+        )
+    }
+    tokenizer = make_tokenizer(name, list(tokens.values()))
+    others: dict[str, Any] = {
+        f"{key}_token_id": tokenizer.convert_tokens_to_ids(token)
+        for key, token in tokens.items()
+    }
+    others["vision_config"] = {
+        "depth": size.vision_num_layers,
+        "hidden_size": size.vision_hidden_size,
+        "intermediate_size": size.vision_intermediate_size,
+        "num_heads": size.vision_num_heads,
+        "out_hidden_size": size.hidden_size,
+    }
+    return tokenizer, text_settings(size, tokenizer), others
+
+
+def _glm_processor(tokenizer: PreTrainedTokenizerFast) -> transformers.ProcessorMixin:
     pixels = {"shortest_edge": 64 * 28**2, "longest_edge": 800 * 28**2}
-    processor = transformers.Glm4vProcessor(
+    return transformers.Glm4vProcessor(
         image_processor=transformers.Glm4vImageProcessor(
             size=pixels, patch_size=PATCH_SIZE
         ),
@@ -94,8 +123,6 @@ def glm4_1v(out_dir: Path, size: ModelSize, seed: int) -> None:
         video_processor=transformers.Glm4vVideoProcessor(size=pixels),
         chat_template=tokenizer.chat_template,
     )
-    model = transformers.Glm4vForConditionalGeneration(config)
-    save(out_dir, model, processor, seed)
 
 
 def _qwen_tokenizer(name: str) -> PreTrainedTokenizerFast:

@@ -17,6 +17,7 @@ PLACEHOLDERS = {
     "llava_onevision": "<image>\n",
     "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "glm4_1v": "<|begin_of_image|><|image|><|end_of_image|>",
+    "glm_ocr": "<|begin_of_image|><|image|><|end_of_image|>",
     "mistral3": "[IMG]",
     "pixtral": "[IMG]",
     "gemma3": "<start_of_image>",

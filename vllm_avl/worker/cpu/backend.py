@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -20,8 +19,9 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_avl.kernels.cpu.attention import DecodeRows
+from vllm_avl.layers import check_layer, check_layer_names, check_spec
 from vllm_avl.scheduler.spec import AVLSpec, adapt
-from vllm_avl.support import FP8_CACHES, check_layer, check_layer_names, check_spec
+from vllm_avl.support import FP8_CACHES
 from vllm_avl.worker.cpu.cache import PACKED, READABLE, CPUCache
 from vllm_avl.worker.cpu.prompts import leave_scoring_rows
 from vllm_avl.worker.fp8 import as_numbers
@@ -45,7 +45,7 @@ class AttendedRows:
     is_whole_step: bool
     """Whether there is no other row, so that vLLM's kernel has nothing to do."""
 
-    def masks(self, layer: int) -> npt.NDArray:
+    def masks(self, layer: str) -> npt.NDArray:
         """[num_rows] addresses of the rows' masks in a layer."""
         return self.table.masks(layer, self.seats, self.of_kept)
 
@@ -71,6 +71,9 @@ class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
         check_spec(kv_cache_spec, AVLSpec)
         check_layer_names(layer_names)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        drafts = vllm_config.speculative_config
+        is_model = drafts is not None and drafts.uses_draft_model()
+        self._num_behind = int(is_model)
         if self.isa not in READABLE:
             self.isa: str = "vec"
             self._set_isa_to_layers(layer_names)
@@ -115,7 +118,7 @@ class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
         self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
     ) -> CPUAttentionMetadata:
         """Build what a drafter's own layers read, see `step.drafting`."""
-        with drafting(draft_index):
+        with drafting(draft_index, self._num_behind):
             return self.build(0, common_attn_metadata, fast_build=True)
 
 
@@ -206,8 +209,8 @@ class AVLImpl(CPUAttentionBackendImpl):
                 output_block_scale,
             )
         if ours is not None:
-            index = extract_layer_index(layer.layer_name)  # type: ignore[attr-defined]
-            self._work(index, ours, self._cache(layer, kv_cache), query, output)
+            name = layer.layer_name  # type: ignore[attr-defined]
+            self._work(name, ours, self._cache(layer, kv_cache), query, output)
         return output
 
     def _cache(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> CPUCache:
@@ -220,7 +223,7 @@ class AVLImpl(CPUAttentionBackendImpl):
 
     def _work(
         self,
-        index: int,
+        name: str,
         metadata: AVLMetadata,
         cache: CPUCache,
         query: torch.Tensor,
@@ -228,8 +231,8 @@ class AVLImpl(CPUAttentionBackendImpl):
     ) -> None:
         attended = metadata.attended
         if attended is not None:
-            cache.attend(query, attended.rows, attended.masks(index), output)
-        layer = Layer(index, cache, RANKS)
+            cache.attend(query, attended.rows, attended.masks(name), output)
+        layer = Layer(name, cache, RANKS)
         for task in metadata.tasks:
             layer.perform(task, query, output)
 

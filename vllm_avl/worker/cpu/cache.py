@@ -134,7 +134,7 @@ class CPUCache:
         )
 
     def set_core(
-        self, task: Task, layer: int, rows: LayerRows, mask: torch.Tensor
+        self, task: Task, layer: str, rows: LayerRows, mask: torch.Tensor
     ) -> None:
         """Let the kernel read the mask where it lies."""
         rows.core = Mask(mask)

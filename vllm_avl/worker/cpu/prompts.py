@@ -22,25 +22,27 @@ def leave_scoring_rows(
         rows: of the step.
         common: of the step, on a CPU; nothing of it is written.
     """
-    left = np.zeros(common.num_reqs, np.int64)
+    num_reqs = common.num_reqs
+    left = np.zeros(num_reqs, np.int64)
     for row, index in rows.with_python:
         if rows.step.ends_prompt[index]:
             left[row] = rows.step.state(index).plan.num_scoring_rows
-    source = np.repeat(np.arange(common.num_reqs), 1 + (left > 0))
-    is_left = np.append(False, source[1:] == source[:-1])
-    left = left[source]
-    lengths = np.diff(common.query_start_loc_cpu.numpy())[source]
-    seq_lens = common.seq_lens.numpy()[source]
-    sizes = np.where(is_left, left, lengths - left)
-    keys = np.where(is_left, left, seq_lens - left)
+    lengths = np.diff(common.query_start_loc_cpu.numpy())
+    seq_lens = common.seq_lens.numpy()
+    behind = np.where(left > 0, rows.step.num_behind, 0)
+    front = lengths - left - behind
+    # What lies in front of the scoring rows, these, and what lies behind them.
+    sizes = np.stack([front, left, behind], 1)
+    keys = np.stack([seq_lens - left - behind, left, seq_lens], 1)
     exists = sizes > 0
-    starts = torch.zeros(int(exists.sum()) + 1, dtype=torch.int32)
+    source = np.broadcast_to(np.arange(num_reqs)[:, None], sizes.shape)[exists]
+    starts = torch.zeros(len(source) + 1, dtype=torch.int32)
     starts[1:] = torch.from_numpy(np.cumsum(sizes[exists]))
     return common.replace(
-        num_reqs=len(starts) - 1,
+        num_reqs=len(source),
         query_start_loc=starts,
         query_start_loc_cpu=starts,
         max_query_len=int(sizes.max()),
         seq_lens=torch.from_numpy(keys[exists].astype(np.int32)),
-        block_table_tensor=common.block_table_tensor[torch.from_numpy(source[exists])],
+        block_table_tensor=common.block_table_tensor[torch.from_numpy(source)],
     )

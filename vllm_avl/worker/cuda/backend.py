@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from vllm.config import VllmConfig
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -26,15 +25,10 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_avl.config import parse_config
+from vllm_avl.layers import check_layer, check_layer_names, check_spec
 from vllm_avl.metrics.definitions import key
 from vllm_avl.scheduler.spec import AVLSpec, adapt
-from vllm_avl.support import (
-    FP8_CACHES,
-    PLAIN_CACHES,
-    check_layer,
-    check_layer_names,
-    check_spec,
-)
+from vllm_avl.support import FP8_CACHES, PLAIN_CACHES
 from vllm_avl.worker.cuda.cache import CUDACache, Scales
 from vllm_avl.worker.cuda.core_lists import CoreLists
 from vllm_avl.worker.cuda.listed_rows import ListedRows, some_rows, whole_step
@@ -319,7 +313,7 @@ class CUDAImpl(AttentionImpl[Any]):
         count = ours.num_actual_tokens
         for rows in listed:
             rows.attend(cache, query[:count], output[:count])
-        work = Layer(extract_layer_index(cache.layer_name), cache, RANKS)
+        work = Layer(cache.layer_name, cache, RANKS)
         for task in ours.tasks:
             work.perform(task, query, output)
         return output

@@ -155,7 +155,7 @@ class CUDACache:
         copy_rows(self.kv_cache, *blocks, slots, in_place=in_place)
 
     def set_core(
-        self, task: Task, layer: int, rows: LayerRows, mask: torch.Tensor
+        self, task: Task, layer: str, rows: LayerRows, mask: torch.Tensor
     ) -> None:
         """List core where the kernel reads it."""
         assert self.lists_of is not None
