@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from vllm_avl.kernels.cuda import reference
-from vllm_avl.kernels.cuda import select_rows_matmul as operators
 
 from benchmarks.harness import Benchmark, main
 from benchmarks.kernels import harness
+from benchmarks.kernels import reference_matmul as reference
+from benchmarks.kernels import select_rows_matmul as operators
 from benchmarks.kernels.over_batch import draw_over_batch
 from benchmarks.kernels.timing import num_copies
 from benchmarks.kernels.ways import CHECKED_REQUESTS, Check, Way, Workload, on_copies

@@ -66,23 +66,6 @@ def copy_rows(
             kv_cache[target_blocks[j // block_size], head, j % block_size] = row
 
 
-def select_columns_matmul(
-    query: torch.Tensor, key: torch.Tensor, indices: torch.Tensor
-) -> torch.Tensor:
-    """As `kernels.cuda.select_columns_matmul`, in the precision of `query`."""
-    sliced = [rows[:, chosen] for rows, chosen in zip(key, indices.long(), strict=True)]
-    return query @ torch.stack(sliced).to(query.dtype).mT
-
-
-def select_rows_matmul(
-    weights: torch.Tensor, value: torch.Tensor, indices: torch.Tensor
-) -> torch.Tensor:
-    """As `kernels.cuda.select_rows_matmul`, in the precision of `weights`."""
-    pairs = zip(value, indices.long(), strict=True)
-    sliced = [rows[:, chosen] for rows, chosen in pairs]
-    return weights @ torch.stack(sliced).to(weights.dtype)
-
-
 def _best(scores: torch.Tensor, positions: torch.Tensor, count: int) -> torch.Tensor:
     """Indices of the `count` largest; of equals the lowest positions, NaN last."""
     scores = scores.double().nan_to_num(nan=-1.0, posinf=torch.inf)

@@ -7,12 +7,12 @@ import torch
 from vllm_avl.kernels.cuda.copy_rows import copy_rows
 from vllm_avl.kernels.cuda.rank_rows import rank_rows
 from vllm_avl.kernels.cuda.select_core import select_core
-from vllm_avl.kernels.cuda.select_rows_matmul import (
+from vllm_avl.kernels.cuda.vision_scores import vision_scores
+
+from benchmarks.kernels.select_rows_matmul import (
     select_columns_matmul,
     select_rows_matmul,
 )
-from vllm_avl.kernels.cuda.vision_scores import vision_scores
-
 from benchmarks.testing.compiled import compile_launches, variants
 
 # Shared memory that a program may have on the smallest GPUs of these generations.

@@ -11,8 +11,6 @@ MODULES = {
     "copy_rows": "copy_rows",
     "rank_rows": "rank_rows",
     "select_core": "select_core",
-    "select_columns_matmul": "select_rows_matmul",
-    "select_rows_matmul": "select_rows_matmul",
 }
 
 

@@ -1,12 +1,14 @@
 """Products with selected rows: within twice eager's error, whatever the others hold."""
 
+import inspect
 import sys
 
 import pytest
 import torch
 from poisoned import DEVICE, runnable
-from vllm_avl.kernels.cuda import reference
-from vllm_avl.kernels.cuda.select_rows_matmul import (
+
+from benchmarks.kernels import reference_matmul as reference
+from benchmarks.kernels.select_rows_matmul import (
     select_columns_matmul,
     select_rows_matmul,
 )
@@ -83,3 +85,9 @@ def test_selected_rows_of_the_values(
     weights = torch.randn(batch, num_heads, 1, num_selected).to(DEVICE, dtype)
     ours = select_rows_matmul(weights, value, indices.int())
     assert within_budget(ours, reference.select_rows_matmul, weights, value, indices)
+
+
+@pytest.mark.parametrize("function", [select_columns_matmul, select_rows_matmul])
+def test_reference_has_the_same_signature(function):
+    oracle = getattr(reference, function.__name__)
+    assert inspect.signature(function) == inspect.signature(oracle)

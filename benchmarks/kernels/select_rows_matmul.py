@@ -1,7 +1,7 @@
 """Multiplies one row with selected columns of Kᵀ, or with selected rows of V.
 
 A-VL's bare operator on plain tensors: what is selected is gathered inside the kernel,
-nothing is sliced out first.
+nothing is sliced out first. Engines attend to paged rows and do without it.
 """
 
 # mypy: allow-untyped-defs
