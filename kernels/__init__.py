@@ -1,4 +1,4 @@
 """The method's operations on paged tensors, each beside an eager reference.
 
-Nothing here knows vLLM. `cpu` has them as compiled loops, `gpu` in Triton.
+Nothing here knows vLLM. `cpu` has them as compiled loops, `cuda` in Triton.
 """

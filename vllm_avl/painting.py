@@ -1,7 +1,7 @@
 """Paints patches over a picture: three shadings that need no colour to be told apart.
 
 Core is clear and outlined, secondary dimmed with dots, evicted dark and hatched, as on
-the page (`endpoints/static/paint.js`).
+the page (`front_end/static/paint.js`).
 """
 
 from __future__ import annotations

@@ -469,7 +469,7 @@ def test_masks_stay_where_they_are_when_seats_are_added():
     assert len(set(seats)) == 21
     state.seats.set_mask("l.3", state.seat, 5678, of_kept=True)
     of_kept = np.zeros(21, np.intp)
-    seats = state.seats.names_to_seats(seats)
+    seats = np.array(seats)
     assert state.seats.masks("l.3", seats, of_kept).tolist() == [1234, *[0] * 20]
     assert state.seats.masks("l.3", seats, of_kept + 1).tolist() == [
         5678,

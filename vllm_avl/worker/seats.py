@@ -7,7 +7,7 @@ of all seats at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -121,7 +121,3 @@ class SeatTable:
         if layer not in self._masks:
             self._masks[layer] = np.zeros((len(self.records), 2), np.int64)
         return self._masks[layer]
-
-    def names_to_seats(self, seats: Iterable[int]) -> Seats:
-        """Seats as an array."""
-        return np.fromiter(seats, np.int64)

@@ -26,7 +26,6 @@ from vllm_avl.plan import Compaction
 from vllm_avl.worker.request import Kernels, RequestState
 from vllm_avl.worker.seats import Seats, SeatTable
 
-Bools = npt.NDArray[np.bool_]
 Numbers = npt.NDArray[np.int64]
 
 

@@ -109,7 +109,7 @@ class CPUCache:
         competes: torch.Tensor,
         num_others: int,
     ) -> torch.Tensor:
-        """As `backend.selection.best_slots_on_cpu`."""
+        """As `worker.selection.best_slots_on_cpu`."""
         return best_slots_on_cpu(scores, positions, competes, num_others)
 
     def copy(

@@ -1,7 +1,7 @@
 """The attention back end `avl` on CUDA: attention of vLLM's over what is stored.
 
-These are the parts that do not depend on whose attention it is; `cuda_triton` and
-`cuda_flash` put them in front of vLLM's classes.
+These are the parts that do not depend on whose attention it is; `triton.py` and
+`flash.py` put them in front of vLLM's classes.
 """
 
 from __future__ import annotations
