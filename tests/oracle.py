@@ -78,13 +78,22 @@ class Oracle:
 
     @torch.no_grad()
     def follow(
-        self, text, images, settings, tokens, product, scores_of_random=None, replayed=1
+        self,
+        text,
+        images,
+        settings,
+        tokens,
+        product,
+        scores_of_random=None,
+        replayed=1,
+        sizes=None,
     ):
         """Answer with `tokens`; yield each step and its log-probabilities.
 
         `product(step, layer, head)` gives the positions that the product has stored
         and those it reads, after each step; step 0 is the prompt. The first `replayed`
-        tokens are computed at once, as after a preemption.
+        tokens are computed at once, as after a preemption. `sizes` are those of the
+        steps: of several tokens, all but the first are drafts that were accepted.
         """
         self.settings, self.product = settings, product
         self.random = scores_of_random
@@ -95,24 +104,33 @@ class Oracle:
         self.is_vision = (ids == self.model.config.image_token_id).tolist()
         self.first_vision = self.is_vision.index(True)
         self.num_prompt = len(ids)
-        self.length = len(ids)
+        self.length = self.scored = len(ids)
         self.step = 0
         self.memories = [
             [Memory() for _ in range(self.num_kv_heads)] for _ in range(self.num_layers)
         ]
         output = self.model(**inputs, use_cache=True)
         yield 0, output.logits[0, -1].log_softmax(-1)
-        done = 0
-        while done < len(tokens) - 1:
-            chunk = tokens[:replayed] if done == 0 else [tokens[done]]
-            done += len(chunk)
+        done, before = 0, 0
+        for size in sizes or [replayed] + [1] * (len(tokens) - 1 - replayed):
+            chunk, is_replay = tokens[done : done + size], done == 0 and replayed > 1
+            # By its last token a replay scores, and by its first a step with drafts.
+            turn = done + size if is_replay else done + 1
+            done += size
             self.step, self.length = done, self.num_prompt + done
+            self.scored, self.row = self.num_prompt + turn, turn - 1 - done + size
+            interval = settings.interval
+            self.is_refresh = is_replay or interval <= 0
+            self.is_refresh |= turn // max(interval, 1) > before // max(interval, 1)
+            before = turn
             output = self.model(
                 input_ids=torch.tensor([chunk]),
                 past_key_values=output.past_key_values,
                 use_cache=True,
             )
-            yield done, output.logits[0, -1].log_softmax(-1)
+            for row in range(size - 1 if is_replay else 0, size):
+                step = done - size + row + 1
+                yield step, output.logits[0, row].log_softmax(-1)
 
     # What a layer does.
 
@@ -127,14 +145,12 @@ class Oracle:
         if self.step == 0:
             self._after_prompt(layer, by_head[:, :, -self.settings.window :].sum(2))
         else:
-            self._after_step(layer, by_head[:, :, -1])
+            self._after_step(layer, by_head[:, :, self.row])
         return (attention @ values).transpose(0, 1).unsqueeze(0), None
 
     def _reads(self, layer, rows):
         if self.step == 0:
             return torch.ones(self.num_kv_heads, rows, rows).tril().bool()
-        interval = self.settings.interval
-        self.is_refresh = rows > 1 or interval <= 0 or self.step % interval == 0
         reads = torch.zeros(self.num_kv_heads, rows, self.length, dtype=torch.bool)
         for head, memory in enumerate(self.memories[layer]):
             for row, new in enumerate(range(self.length - rows, self.length)):
@@ -171,7 +187,9 @@ class Oracle:
             for head, memory in enumerate(self.memories[layer]):
                 received = attention[head].sum(0).tolist()
                 memory.sums = {
-                    p: memory.sums.get(p, 0.0) + received[p] for p in memory.stored
+                    p: memory.sums.get(p, 0.0) + received[p]
+                    for p in memory.stored
+                    if p < self.scored
                 }
             if s.reselects and s.num_core_rows < s.num_stored_rows:
                 ranked = [p for p in range(self.num_prompt) if self._competes(p)]
@@ -201,7 +219,7 @@ class Oracle:
         policy = self.settings.policy
         if policy == "random":
             ranked = [p for p in range(self.num_prompt) if self._competes(p)]
-            return self.random(layer, self.length, ranked)
+            return self.random(layer, self.scored, ranked)
         if policy == "streaming":
             return {p: (float("inf") if p < 4 else p) for p in held}
         if policy == "h2o":
@@ -250,7 +268,7 @@ class Oracle:
             return
         text = [
             p
-            for p in range(self.first_vision, self.length)
+            for p in range(self.first_vision, self.scored)
             if p >= self.num_prompt or not self.is_vision[p]
         ]
         size = max(_round(s.text_keep, len(text)), s.text_min)
@@ -262,7 +280,8 @@ class Oracle:
                 continue
             held = [p for p in text if p in memory.stored]
             if s.any_token:
-                held = [p for p in sorted(memory.core) if p >= self.first_vision]
+                behind = range(self.first_vision, self.scored)
+                held = [p for p in sorted(memory.core) if p in behind]
             recent = set(held[len(held) - num_recent :])
             scored = [p for p in held if p not in recent and p in memory.sums]
             unscored = [p for p in held if p not in recent and p not in memory.sums]

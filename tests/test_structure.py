@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PLAIN = ("vllm_avl/plan.py", "vllm_avl/config.py", "vllm_avl/support.py")
+PLAIN = (
+    "vllm_avl/plan.py",
+    "vllm_avl/config.py",
+    "vllm_avl/support.py",
+    "vllm_avl/drafters.py",
+)
 MOST_LINES = 400
 
 

@@ -83,15 +83,6 @@ CONNECTORS = ("ExampleConnector", OFFLOADING)
 vLLM's OffloadingConnector stores a block a step late, and waits at a request's end
 only: it may read blocks that were given back.
 """
-CACHELESS_DRAFTERS = ("ngram", "ngram_gpu", "suffix", "medusa", "custom_class")
-"""Methods of speculative decoding that draft without a KV cache of their own."""
-ADAPTED_DRAFTERS = {
-    "cpu": ("eagle", "eagle3", "mtp", "draft_model"),
-    "cuda": ("eagle", "eagle3"),
-}
-"""By kind of device: methods whose own layers are adapted like the model's."""
-MTP_MODELS = ("GlmOcrMTPModel",)
-"""Architectures of multi-token prediction that were run beside us."""
 
 
 def refuse_platform(name: str) -> NoReturn:
@@ -154,8 +145,6 @@ def check_config(
             raise UnsupportedError(f"{BACKEND} {refusal.sentence}, {WAY_OUT}")
     device_type = vllm_config.device_config.device_type
     _check_cache(vllm_config.cache_config.cache_dtype, device_type)
-    if vllm_config.speculative_config is not None:
-        _check_drafts(vllm_config, device_type, avl_config)
     _check_connector(vllm_config, offloading)
     _check_chunks(vllm_config.scheduler_config, avl_config)
 
@@ -194,93 +183,6 @@ def _check_cache(dtype: str, device_type: str) -> None:
             f"devices; choose one of {', '.join(caches)} with --kv-cache-dtype, "
             f"{WAY_OUT}"
         )
-
-
-def _check_drafts(vllm_config: Any, device_type: str, avl_config: AVLConfig) -> None:
-    drafts = vllm_config.speculative_config
-    methods = CACHELESS_DRAFTERS + ADAPTED_DRAFTERS[device_type]
-    if drafts.method not in methods:
-        raise UnsupportedError(
-            f"{BACKEND} does not support speculative decoding by {drafts.method!r} on "
-            f"{device_type} devices, where it has a KV cache of its own or is untried; "
-            f"let the method in --speculative-config be {', '.join(methods[:-1])} or "
-            f"{methods[-1]}, {WAY_OUT}"
-        )
-    if drafts.method not in CACHELESS_DRAFTERS:
-        _check_adapted_drafter(drafts)
-    if drafts.method == "draft_model":
-        _check_draft_model(drafts.draft_model_config, vllm_config.model_config)
-    if drafts.method == "mtp":
-        _check_mtp(drafts.draft_model_config)
-    if not avl_config.reads_all:
-        raise UnsupportedError(
-            f"{BACKEND} supports speculative decoding where all that is stored is "
-            f"read: {_reading(avl_config)}; leave core_ratio and "
-            f"text_keep_ratio out, drop --speculative-config, {WAY_OUT}"
-        )
-
-
-def _check_adapted_drafter(drafts: Any) -> None:
-    backend = drafts.attention_backend
-    found = {
-        "parallel_drafting": drafts.parallel_drafting,
-        "attention_backend": backend is not None and backend.name != NAME,
-        "kv_cache_dtype": drafts.kv_cache_dtype is not None,
-        "use_heterogeneous_vocab": drafts.use_heterogeneous_vocab,
-    }
-    for field, is_set in found.items():
-        if is_set:
-            raise UnsupportedError(
-                f"{BACKEND} adapts the layers of the drafter like the model's, and "
-                f"does not support {field} = {getattr(drafts, field)!r} in "
-                f"--speculative-config; leave it out, {WAY_OUT}"
-            )
-
-
-def _check_draft_model(draft: Any, model: Any) -> None:
-    found = {
-        "other layers than full attention": (
-            draft.is_hybrid
-            or draft.is_attention_free
-            or draft.get_sliding_window() is not None
-        ),
-        # vLLM takes a rotary position for the place of a token.
-        "rotary positions in several axes": draft.uses_mrope or model.uses_mrope,
-    }
-    for feature, present in found.items():
-        if present:
-            raise UnsupportedError(
-                f"{BACKEND} does not support a draft model where it or the model has "
-                f"{feature}; choose another method in --speculative-config, {WAY_OUT}"
-            )
-
-
-def _check_mtp(draft: Any) -> None:
-    unknown = [name for name in draft.architectures if name not in MTP_MODELS]
-    if unknown:
-        raise UnsupportedError(
-            f"{BACKEND} supports multi-token prediction by {', '.join(MTP_MODELS)}, "
-            f"not yet by {', '.join(unknown)}; choose another method in "
-            f"--speculative-config, {WAY_OUT}"
-        )
-
-
-def check_drafted_request(avl_config: AVLConfig) -> None:
-    """Refuse a request's settings that a server with drafts cannot serve."""
-    if not avl_config.reads_all:
-        raise UnsupportedError(
-            "vllm_xargs: with speculative decoding all that is stored is read, and "
-            f"this request has {_reading(avl_config)}; let avl_core_ratio be the store "
-            "ratio and avl_text_keep_ratio 1, or leave both out"
-        )
-
-
-def _reading(avl_config: AVLConfig) -> str:
-    return (
-        f"core_ratio = {avl_config.read_ratio!r} of store_ratio = "
-        f"{avl_config.store_ratio!r}, text_keep_ratio = "
-        f"{avl_config.text_keep_ratio!r}"
-    )
 
 
 def _check_chunks(scheduler_config: Any, avl_config: AVLConfig) -> None:

@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm_avl.kernels.cpu.vectors import ELEMENTS
 
-from vllm_avl import layers, support
+from vllm_avl import drafters, layers, support
 from vllm_avl.compat import platform
 from vllm_avl.config import AVLConfig
 from vllm_avl.front_end import request_settings
@@ -52,17 +52,12 @@ def start(checkpoints, **options):
         ({"pipeline_parallel_size": 2}, "drop --pipeline-parallel-size"),
         (
             {
-                "speculative_config": {"method": "ngram", "num_speculative_tokens": 2},
-                "additional_config": {"avl": {"core_ratio": 0.2}},
+                "speculative_config": {
+                    "method": "extract_hidden_states",
+                    "num_speculative_tokens": 1,
+                }
             },
-            "where all that is stored is read: core_ratio = 0.2 of",
-        ),
-        (
-            {
-                "speculative_config": {"method": "ngram", "num_speculative_tokens": 2},
-                "additional_config": {"avl": {"text_keep_ratio": 0.7}},
-            },
-            "leave core_ratio and text_keep_ratio out, drop --speculative",
+            "does not support speculative decoding by 'extract_hidden_states' on cpu",
         ),
         ({"kv_offloading_size": 1}, "drop --kv-offloading-size"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "does not support a KV cache of fp8_e5m2"),
@@ -185,14 +180,16 @@ METHODS = {
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_drafters_go_by_whether_they_have_a_cache(method, device):
-    if method in support.CACHELESS_DRAFTERS + support.ADAPTED_DRAFTERS[device]:
-        support.check_config(drafting(method, device), AVLConfig())
+    on_cpu, on_cuda = drafters.ADAPTED_DRAFTERS, drafters.ADAPTED_ON_CUDA
+    supported = drafters.CACHELESS_DRAFTERS + (on_cpu if device == "cpu" else on_cuda)
+    if method in supported:
+        drafters.check_drafts(drafting(method, device), AVLConfig())
         return
     with pytest.raises(UnsupportedError, match=f"speculative decoding by '{method}'"):
-        support.check_config(drafting(method, device), AVLConfig())
+        drafters.check_drafts(drafting(method, device), AVLConfig())
 
 
-@pytest.mark.parametrize("method", support.ADAPTED_DRAFTERS["cpu"])
+@pytest.mark.parametrize("method", drafters.ADAPTED_DRAFTERS)
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -205,7 +202,7 @@ def test_drafters_go_by_whether_they_have_a_cache(method, device):
 def test_what_an_adapted_drafter_may_not_have(method, field, value):
     config = drafting(method, "cpu", **{field: value})
     with pytest.raises(UnsupportedError, match=re.escape(f"{field} = {value!r}")):
-        support.check_config(config, AVLConfig())
+        drafters.check_drafts(config, AVLConfig())
 
 
 @pytest.mark.parametrize(
@@ -220,14 +217,14 @@ def test_what_an_adapted_drafter_may_not_have(method, field, value):
 def test_what_a_draft_model_may_not_be(changes, named):
     config = drafting("draft_model", "cpu", draft_model_config=draft_model(**changes))
     with pytest.raises(UnsupportedError, match=named):
-        support.check_config(config, AVLConfig())
+        drafters.check_drafts(config, AVLConfig())
 
 
 def test_a_draft_model_beside_rotary_positions_in_several_axes():
     config = drafting("draft_model", "cpu")
     config.model_config.uses_mrope = True
     with pytest.raises(UnsupportedError, match="rotary positions in several axes"):
-        support.check_config(config, AVLConfig())
+        drafters.check_drafts(config, AVLConfig())
 
 
 def test_untried_multi_token_prediction():
@@ -235,33 +232,43 @@ def test_untried_multi_token_prediction():
         "mtp", "cpu", draft_model_config=draft_model(architectures=["Qwen3_5MTP"])
     )
     with pytest.raises(UnsupportedError, match="by GlmOcrMTPModel, not yet by Qwen3_5"):
-        support.check_config(config, AVLConfig())
+        drafters.check_drafts(config, AVLConfig())
+
+
+READS_ALL = ({}, {"core_ratio": 0.5}, {"core_ratio": 0.2, "refresh_interval": 0})
+READS_LESS = ({"core_ratio": 0.2}, {"text_keep_ratio": 0.7})
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("method", "device", "can_read_less"),
     [
-        {},
-        {"core_ratio": 0.5},
-        {"core_ratio": 0.2, "refresh_interval": 0},
+        *[(name, "cpu", True) for name in drafters.CACHELESS_DRAFTERS],
+        *[(name, "cuda", False) for name in drafters.CACHELESS_DRAFTERS],
+        *[(name, "cpu", False) for name in drafters.ADAPTED_DRAFTERS],
     ],
 )
-def test_drafts_where_all_that_is_stored_is_read(settings):
-    support.check_config(drafting("ngram"), AVLConfig(**settings))
+def test_drafts_where_not_all_that_is_stored_is_read(method, device, can_read_less):
+    config = drafting(method, device)
+    for settings in READS_ALL + (READS_LESS if can_read_less else ()):
+        drafters.check_drafts(config, AVLConfig(**settings))
+    for settings in () if can_read_less else READS_LESS:
+        with pytest.raises(UnsupportedError, match=f"{method!r} on {device} devices"):
+            drafters.check_drafts(config, AVLConfig(**settings))
 
 
 def test_drafters_of_this_vllm_are_known():
     # 0.33 has no Medusa any more.
     gone = set() if vllm.__version__.startswith("0.32") else {"medusa"}
-    known = {*support.CACHELESS_DRAFTERS, *support.ADAPTED_DRAFTERS["cpu"]}
+    known = {*drafters.CACHELESS_DRAFTERS, *drafters.ADAPTED_DRAFTERS}
     assert known - gone < METHODS
     assert not gone & METHODS
 
 
-def served(**options):
-    drafts = SimpleNamespace(method="ngram")
+def served(method="eagle", **options):
     return SimpleNamespace(
-        additional_config={"avl": options}, speculative_config=drafts
+        additional_config={"avl": options},
+        speculative_config=SimpleNamespace(method=method),
+        device_config=SimpleNamespace(device_type="cpu"),
     )
 
 
@@ -273,9 +280,12 @@ def served(**options):
         ({"core_ratio": 0.5}, {"avl_store_ratio": 0.9}, "= 0.5 of store_rat"),
     ],
 )
-def test_a_request_to_a_server_with_drafts_reads_all(options, xargs, named):
+def test_a_request_to_a_server_with_a_drafter_of_layers_reads_all(
+    options, xargs, named
+):
     with pytest.raises(VLLMValidationError, match=named):
         request_settings.check(served(**options), xargs)
+    request_settings.check(served("ngram", **options), xargs)
     request_settings.check(served(**options), xargs | {"avl": 0})
     request_settings.check(served(**options), {"avl_store_ratio": 0.5})
     request_settings.check(

@@ -21,16 +21,11 @@ CASES = {
         (
             *json_option(
                 "--speculative-config",
-                {
-                    "method": "ngram",
-                    "num_speculative_tokens": 2,
-                    "prompt_lookup_max": 3,
-                },
+                {"method": "extract_hidden_states", "num_speculative_tokens": 1},
             ),
-            *json_option("--additional-config", {"avl": {"core_ratio": 0.2}}),
         ),
-        "--attention-backend avl supports speculative decoding where all that is "
-        "stored is read: core_ratio = 0.2 of store_ratio = 0.5",
+        "--attention-backend avl does not support speculative decoding by "
+        "'extract_hidden_states' on cpu devices",
     ),
 }
 LAST_LINES = 4

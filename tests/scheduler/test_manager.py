@@ -498,6 +498,23 @@ def test_blocks_of_aged_text_are_free_once_the_step_has_run():
     assert pool.ids("r")[:13] == [0] * 13, "all private ones, and three of the answer"
 
 
+def test_a_worker_that_drafts_lets_text_go_by_what_was_certain():
+    """Of the tokens that a step has made settled, as many may have been drafts."""
+    pool = Pool(60)
+    pool.manager.num_drafts = 3
+    plan = pool.add("r", **STORE, **TEXT).plan
+    pool.run(("r", None))
+    for length in range(PROMPT, PROMPT + 30):
+        pool.open()
+        certain = max(length - 3, PROMPT)
+        freed = 4 + plan.num_evicted_text_blocks(certain)
+        assert pool.ids("r").index(next(filter(None, pool.ids("r")))) == freed
+        assert pool.allocate("r", 1)
+        pool.close()
+        pool.settle()
+    assert plan.num_evicted_text_blocks(PROMPT + 26) > 4
+
+
 def test_text_that_leaves_with_the_prompt_takes_private_blocks_along():
     pool = Pool(60)
     plan = pool.add("r", num_prompt=66, **STORE, **TEXT).plan

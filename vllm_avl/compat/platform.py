@@ -14,8 +14,8 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_avl.config import parse_config
+from vllm_avl.drafters import ADAPTED_DRAFTERS, check_drafts
 from vllm_avl.support import (
-    CACHELESS_DRAFTERS,
     NAME,
     OFFLOADING,
     check_attention,
@@ -176,11 +176,12 @@ def update_config(original: Callable[..., None]) -> classmethod:
             cache.user_specified_block_size = True
         original(vllm_config)
         check_config(vllm_config, avl_config, offloading_connector(cache))
+        check_drafts(vllm_config, avl_config)
         warn_of_quality(
             vllm_config.model_config.hf_config.model_type, cache.cache_dtype
         )
         drafts = vllm_config.speculative_config
-        if drafts is not None and drafts.method not in CACHELESS_DRAFTERS:
+        if drafts is not None and drafts.method in ADAPTED_DRAFTERS:
             # Its layers share our cache group, and with it what is freed.
             drafts.attention_backend = vllm_config.attention_config.backend
         parallel.worker_cls = ours.worker

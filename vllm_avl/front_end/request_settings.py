@@ -11,7 +11,7 @@ from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 
 from vllm_avl.config import AVLConfig, parse_config, settings_of_request
-from vllm_avl.support import check_drafted_request
+from vllm_avl.drafters import check_drafted_request
 
 
 def check(vllm_config: VllmConfig, xargs: Mapping[str, Any] | None) -> AVLConfig:
@@ -23,8 +23,10 @@ def check(vllm_config: VllmConfig, xargs: Mapping[str, Any] | None) -> AVLConfig
     config = _parsed(json.dumps(vllm_config.additional_config.get("avl", {})))
     try:
         settings = settings_of_request(xargs, config)
-        if settings is not None and vllm_config.speculative_config is not None:
-            check_drafted_request(settings)
+        drafts = vllm_config.speculative_config
+        if settings is not None and drafts is not None:
+            device_type = vllm_config.device_config.device_type
+            check_drafted_request(settings, drafts.method, device_type)
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
     return config

@@ -57,6 +57,8 @@ class AVLManager(FullAttentionManager):
         self.writes_prompts = True
         """Whether kept rows may take the place of a prompt's; not where somebody reads
         its blocks behind our back."""
+        self.num_drafts = 0
+        """Tokens of a step that may be rejected, at most."""
         self._ending: list[str] = []
         """Requests whose prompt ends in the step that is being scheduled."""
 
@@ -316,7 +318,9 @@ class AVLManager(FullAttentionManager):
             return
         if not known.retired:
             self._retire_prompt(request_id)
-        freed = plan.num_freed_blocks(num_settled_tokens)
+        # A worker lets text go by what a step had in front of its drafts.
+        certain = max(num_settled_tokens - self.num_drafts, plan.num_prompt_tokens)
+        freed = plan.num_freed_blocks(certain)
         if freed > known.num_released:
             blocks = self.req_to_blocks[request_id][known.num_released : freed]
             self.tally.evicted_text(request_id, blocks, plan)

@@ -68,6 +68,7 @@ class _Adaptive(Scheduler):
             self.scheduler_config.disable_chunked_mm_input
             or self.vllm_config.model_config.is_mm_prefix_lm
         )
+        manager.num_drafts = self.num_spec_tokens
         self._avl_pressure = Pressure(self._avl_config)
         self._avl_decisions: dict[str, Plan | Stock] = {}
         settings = describe_settings(self._avl_config)

@@ -44,6 +44,8 @@ SEAT = np.dtype(
         # Length at which text leaves its window next.
         ("next_aging", np.int64),
         ("num_tokens", np.int64),
+        # Length with the last step's first token, if drafts followed it; else 0.
+        ("num_certain", np.int64),
         ("num_refreshes", np.int64),
     ]
 )

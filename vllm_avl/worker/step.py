@@ -99,6 +99,7 @@ class WorkerRequests:
         computed: Mapping[str, int],
         scheduled: Mapping[str, int],
         row_ids: Callable[[CommonAttentionMetadata], Sequence[str]],
+        drafts: Mapping[str, int] | None = None,
     ) -> Step | None:
         """Return what the requests do in a step; None where none is adaptive.
 
@@ -106,7 +107,9 @@ class WorkerRequests:
             computed: tokens computed before the step, by request id.
             scheduled: tokens of the step.
             row_ids: request ids in the order of the batch's rows.
+            drafts: of the step's tokens, those that may be rejected.
         """
+        drafts = drafts or {}
         seat_of = self._seat_of
         names = [name for name in scheduled if name in seat_of] if seat_of else ()
         if not names:
@@ -118,6 +121,7 @@ class WorkerRequests:
             np.array([seat_of[name] for name in names], np.int64),
             before,
             before + np.array([scheduled[name] for name in names], np.int64),
+            np.array([drafts.get(name, 0) for name in names], np.int64),
             row_ids,
         )
 
@@ -154,7 +158,9 @@ class Step:
     num_computed: Numbers
     """[num_adaptive] tokens before the step."""
     num_tokens: Numbers
-    """[num_adaptive] tokens after it."""
+    """[num_adaptive] tokens after it, drafts among them."""
+    num_drafts: Numbers
+    """[num_adaptive] of its tokens, the last ones, that may be rejected."""
     row_ids: Callable[[CommonAttentionMetadata], Sequence[str]]
     num_entered: torch.Tensor | None = None
     """[1] int32 on the device, where kernels add the rows that enter core; None where
@@ -168,17 +174,22 @@ class Step:
     def __post_init__(self) -> None:
         self.of = of = self.requests.seats.records[self.seats]
         """[num_adaptive] of `seats.SEAT`."""
-        self.is_single = self.num_tokens - self.num_computed == 1
+        self.num_certain = self.num_tokens - self.num_drafts
+        """[num_adaptive] tokens after it whatever becomes of the drafts."""
+        self.is_decode = self.num_certain - self.num_computed == 1
         self.ends_prompt = self.num_computed < of["num_prompt"]
         answers = ~self.ends_prompt
         step = self.num_computed - of["num_prompt"] + 1
         interval = of["interval"]
-        # Several tokens of an answer are a replay: one scoring behind it.
-        due = (step % np.maximum(interval, 1) == 0) | ~self.is_single
+        last = of["num_certain"]
+        num_accepted = np.where(last > 0, self.num_computed - last, 0)
+        # Accepted drafts may have passed over a multiple. Several certain tokens of an
+        # answer are a replay: one scoring behind it.
+        due = (step % np.maximum(interval, 1) <= num_accepted) | ~self.is_decode
         self.reads_all = (interval == 0) | due
         self.refreshes = answers & (interval > 0) & due & of["is_scored"]
-        self.in_pass = self.refreshes & self.is_single & of["in_pass"]
-        self.ages = self.num_tokens >= of["next_aging"]
+        self.in_pass = self.refreshes & self.is_decode & of["in_pass"]
+        self.ages = self.num_certain >= of["next_aging"]
         self.has_python = (
             self.ends_prompt | (self.refreshes & ~self.in_pass) | self.ages
         )
@@ -216,6 +227,7 @@ class Step:
             self.seats,
             self.num_tokens,
             self.num_tokens + 1,
+            np.zeros_like(self.num_drafts),
             self.row_ids,
         )
         if self._rows is not None:
@@ -227,6 +239,8 @@ class Step:
         """Note what the step did, for those that follow."""
         records = self.requests.seats.records
         records["num_tokens"][self.seats] = self.num_tokens
+        has_drafts = self.num_drafts > 0
+        records["num_certain"][self.seats] = np.where(has_drafts, self.num_certain, 0)
         records["num_refreshes"][self.seats] += self.refreshes
         num_selections = int((self.refreshes & self.of["has_core"]).sum())
         if num_selections:
@@ -237,7 +251,7 @@ class Step:
             self.requests.counts.count(key("core_rows_entered"), entered)
             self.num_entered.zero_()
         for index in np.flatnonzero(self.ages).tolist():
-            self.state(index).plan_aging(int(self.num_tokens[index]))
+            self.state(index).plan_aging(int(self.num_certain[index]))
         for index in np.flatnonzero(self.in_pass).tolist():
             self.state(index).note_core(int(self.num_tokens[index]))
 
@@ -272,11 +286,12 @@ class StepRows:
         """[num_rows] blocks behind those in place of which private ones stand."""
         self.refreshes = answers & self._pick(step.refreshes)
         self.reads_all = self._pick(step.reads_all)
-        single = answers & self._pick(step.is_single)
-        self.is_attended = single & of["has_core"] | answers & of["shares"]
+        decodes = answers & self._pick(step.is_decode)
+        self.num_drafts = self._pick(step.num_drafts)
+        self.is_attended = decodes & of["has_core"] | answers & of["shares"]
         """[num_rows] rows that our kernel attends."""
         if step.requests.kernels.attend_scored:
-            self.is_attended |= single & self.refreshes
+            self.is_attended |= decodes & self.refreshes
         self.in_pass = self.is_ours & self._pick(step.in_pass)
 
     def _pick(self, values: npt.NDArray) -> npt.NDArray:

@@ -106,7 +106,9 @@ def make_tasks(
     tasks: list[Task] = []
     manager_size = step.requests.block_size
     per_block = manager_size // block_size
-    num_tokens, ends = step.num_tokens.tolist(), step.ends_prompt.tolist()
+    # Rows know of no draft before it is accepted: what scores is in front of all.
+    num_tokens, ends = step.num_certain.tolist(), step.ends_prompt.tolist()
+    num_behind = (step.num_drafts + step.num_behind).tolist()
     first_block, ages = step.of["first_block"].tolist(), step.ages.tolist()
     refreshes, attended = rows.refreshes.tolist(), rows.is_attended.tolist()
     for row, index in rows.with_python:
@@ -132,7 +134,7 @@ def make_tasks(
         tasks.append(
             Task(
                 state,
-                query_starts[row + 1] - step.num_behind,
+                query_starts[row + 1] - num_behind[index],
                 length,
                 stored,
                 first * manager_size,

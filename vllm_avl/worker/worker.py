@@ -64,18 +64,19 @@ class AVLWorker(Worker):
             scheduler_output.preempted_req_ids or (),
             received_compactions(scheduler_output),
         )
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        self._avl_num_drafts = {name: len(tokens) for name, tokens in drafts.items()}
         step = self._avl_requests.begin(
             computed_tokens(scheduler_output),
             scheduler_output.num_scheduled_tokens,
             self._row_ids,
+            self._avl_num_drafts,
         )
         with executing(step):
             output = super().execute_model(scheduler_output)
         if step is not None:
             step.end()
         self._avl_step = step
-        drafts = scheduler_output.scheduled_spec_decode_tokens
-        self._avl_num_drafts = {name: len(tokens) for name, tokens in drafts.items()}
         return output
 
     def sample_tokens(self, grammar_output: Any) -> Any:

@@ -153,7 +153,7 @@ def _attended(
         )
         behind = np.cumsum(counts)[index] - 1 - np.arange(len(index))
         tokens, num_tokens = tokens[index] - behind, num_tokens[index] - behind
-        scored = scored[index] & (behind == 0)
+        scored = scored[index] & (behind == rows.num_drafts[found])
     of = rows.of if is_whole_batch else rows.of[found]
     reads_all = rows.reads_all[found]
     decode_rows = DecodeRows(
