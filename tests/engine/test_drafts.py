@@ -1,14 +1,17 @@
 """With drafts the tokens are those without: whatever is accepted, shared or dropped."""
 
+import json
 import random
 
 import pytest
+import vllm
 from scripted_drafts import CONFIG, Scripted
 from sequences import play
 
 from benchmarks.testing import models
 from benchmarks.testing.engine import Ask, Engine
 from benchmarks.testing.models import drafters
+from vllm_avl.drafters import CACHELESS_DRAFTERS
 
 NGRAM = {
     "method": "ngram",
@@ -100,15 +103,8 @@ def expected(start):
     answers = {}
     for ask in QUESTIONS:
         answers[ask] = engine.alone(ask)
-        teach(engine, ask, answers[ask])
+        Scripted.teach_to(engine, ask, answers[ask])
     return answers
-
-
-def teach(engine, ask, answer):
-    (output,) = engine.llm.generate(
-        [engine.prompt(ask)], [ask.params(max_tokens=1)], use_tqdm=False
-    )
-    Scripted.teach(output.prompt_token_ids, answer)
 
 
 @pytest.mark.parametrize("drafts", [CONFIG, NGRAM], ids=lambda c: c["method"])
@@ -210,28 +206,41 @@ def test_a_drafter_with_layers_of_its_own(start, expected, drafter):
         ("eagle3", "qwen3_vl"),
         ("draft_model", "llava"),
         ("mtp", "glm_ocr"),
+        # 0.33 has it no more.
+        *([("medusa", "llava")] if vllm.__version__.startswith("0.32") else []),
     ],
 )
-def test_other_drafters_with_layers(checkpoints, tmp_path, method, name):
+def test_other_drafters(checkpoints, tmp_path, method, name):
     """With a preemption of all and an abort in the middle of drafts."""
     target = checkpoints(name)
-    drafts = {"method": method, "num_speculative_tokens": 3}
-    if method == "eagle3":
-        drafts["model"] = str(drafters.build(method, target, tmp_path / "drafter"))
-    elif method == "draft_model":
-        drafts["model"] = str(drafters.build_model(target, tmp_path / "drafter"))
     asks = [
         Ask((1,), "What is it?", 30),
         Ask((1, 2), "Why?", 20, (("avl_store_ratio", 0.2),)),
         Ask((), "And now?", 30),
         Ask((1,), "What is it? And where?", 30),
     ]
+    drafts, options = {"method": method, "num_speculative_tokens": 3}, {}
+    folder = tmp_path / "drafter"
+    if method == "eagle3":
+        drafts["model"] = str(drafters.build(method, target, folder))
+    elif method == "draft_model":
+        drafts["model"] = str(drafters.build_model(target, folder))
+    elif method == "medusa":
+        drafts["model"] = str(drafters.build_medusa(target, folder, 3))
+        # VLLM 0.32 looks for it beside the settings of the language model.
+        text = json.loads((target / "config.json").read_text())["text_config"]
+        options["hf_overrides"] = {"vocab_size": text["vocab_size"]}
     plain = Engine(target, name)
     wanted = [plain.alone(ask) for ask in asks]
+    core = {"avl_core_ratio": 0.2, "avl_refresh_interval": 1000}
+    reads_less = Ask((2,), "Which?", 30, tuple(core.items()))
+    read = plain.alone(reads_less)
     plain.shutdown()
-    engine = Engine(target, name, speculative_config=drafts)
+    engine = Engine(target, name, speculative_config=drafts, **options)
     drafted = Drafted(engine)
     assert engine.ask(asks) == wanted
+    if method in CACHELESS_DRAFTERS:
+        assert engine.alone(reads_less) == read
     for index, ask in enumerate(asks):
         engine.add(f"{index}", ask)
     gone = Ask((1,), "Who asks?", 30)

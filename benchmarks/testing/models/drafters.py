@@ -3,7 +3,8 @@
 Nobody has trained them. EAGLE's pass the target's hidden state on, with something of
 what their layer attends to, and draft what the target's output layer makes of it. A
 draft model is the target without its tower: it sees no picture, and is right without. A
-layer for multi-token prediction (MTP) is like EAGLE's, and lies in the target.
+layer for multi-token prediction (MTP) is like EAGLE's, and lies in the target. Medusa's
+heads see the target's state alone.
 """
 
 from __future__ import annotations
@@ -81,6 +82,43 @@ def build_model(target: Path, out_dir: Path, num_copies: int = 1) -> Path:
                     weight = heads.repeat_interleave(num_copies, 0).flatten(0, 1)
                 weights[name.removeprefix("language_model.")] = weight
     return save(config, weights, out_dir)
+
+
+@torch.no_grad()
+def build_medusa(target: Path, out_dir: Path, num_heads: int, seed: int = 0) -> Path:
+    """Writes Medusa heads: each draws a token of its own from the target's last state.
+
+    Args:
+        target: the checkpoint that they draft for.
+        out_dir: to write.
+        num_heads: tokens drafted in a step.
+        seed: of the weights.
+
+    Returns:
+        `out_dir`.
+    """
+    text = json.loads((target / "config.json").read_text())["text_config"]
+    size, generator = text["hidden_size"], torch.Generator().manual_seed(seed)
+    with safe_open(target / "model.safetensors", "pt") as file:
+        (name,) = (name for name in file.keys() if "lm_head" in name)  # noqa: SIM118
+        lm_head = file.get_tensor(name)
+    weights = {}
+    for head in range(num_heads):
+        mixed = EMBEDDING_GAIN * _normal(generator, size, size)
+        weights[f"blocks.{head}.layers.0.weight"] = mixed
+        weights[f"lm_heads.{head}.weight"] = lm_head.clone()
+    config = {
+        "model_type": "medusa",
+        "architectures": ["MedusaModel"],
+        "hidden_size": size,
+        "vocab_size": text["vocab_size"],
+        "num_heads": num_heads,
+        "num_hidden_layers": 1,
+    }
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(weights, out_dir / "model.safetensors", metadata={"format": "pt"})
+    return out_dir
 
 
 @torch.no_grad()
