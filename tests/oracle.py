@@ -49,7 +49,7 @@ class Settings:
 
     @property
     def reselects(self):
-        return self.policy in ("avl", "h2o", "random")
+        return self.policy in ("avl", "h2o", "keydiff", "mixkv", "random")
 
 
 @dataclass
@@ -143,6 +143,7 @@ class Oracle:
         attention = logits.masked_fill(~reads, -torch.inf).softmax(-1)
         by_head = attention.view(-1, group, rows, self.length)
         if self.step == 0:
+            self.rows = key[0], value[0]
             self._after_prompt(layer, by_head[:, :, -self.settings.window :].sum(2))
         else:
             self._after_step(layer, by_head[:, :, self.row])
@@ -232,12 +233,35 @@ class Oracle:
             seen[observing:] = 0
             pooled = functional.max_pool1d(seen[None], 7, 1, 3)[0].tolist()
             return {p: (float("inf") if p >= observing else pooled[p]) for p in held}
+        if policy in ("keydiff", "mixkv") and self.step == 0:
+            return self._scores_of_rows(attention)
         reduce = torch.amax if self.settings.reduction == "max" else torch.mean
         row = reduce(attention.flatten(0, 1), 0)
         if policy == "fastv" and layer > 1 and self.step == 0:
             row = self.layer_1
         self.layer_1 = row
         return dict(enumerate(row.tolist()))
+
+    def _scores_of_rows(self, attention):
+        ranked = [p for p in range(self.num_prompt) if self._competes(p)]
+        by_head = []
+        for head, (key, value) in enumerate(zip(*self.rows, strict=True)):
+            unit = functional.normalize(key[ranked], dim=1)
+            cosines = unit @ unit.T
+            paid = attention[head].sum(0)[ranked]
+            diversity = _scaled(-cosines.mean(1))
+            norm = _scaled(value[ranked].norm(dim=1))
+            if self.settings.policy == "keydiff":
+                by_head.append(diversity * norm)
+                continue
+            diversity = diversity / diversity.mean() * paid.mean()
+            norm = norm / norm.mean() * paid.mean()
+            alike = cosines[~torch.eye(len(ranked), dtype=torch.bool)].mean()
+            alike = alike.clamp(0, 1)
+            by_head.append(alike * diversity + (1 - alike) * (paid + norm))
+        reduce = torch.amax if self.settings.reduction == "max" else torch.sum
+        scores = reduce(torch.stack(by_head), 0)
+        return dict(zip(ranked, scores.tolist(), strict=True))
 
     def _settle(self, layer, head, which, order, scores, keep):
         """The best `keep`, or the product's choice among scores too close to call."""
@@ -307,6 +331,10 @@ class Oracle:
         assert gap <= CLOSE * max(sums.values()), f"{where}: sums differ by {gap}"
         self.num_ties += 1
         return theirs
+
+
+def _scaled(numbers):
+    return (numbers - numbers.min()) / (numbers.max() - numbers.min())
 
 
 def _round(ratio, count):

@@ -15,6 +15,7 @@ from vllm_avl.kernels.cpu import rank_rows as ranking
 from vllm_avl.kernels.cpu.attention import DecodeRows, selected_attention
 from vllm_avl.kernels.cpu.copy_rows import copy_rows
 from vllm_avl.kernels.cpu.rank_rows import rank_rows
+from vllm_avl.kernels.cpu.read_rows import read_rows
 from vllm_avl.kernels.cpu.scores import attention_scores
 from vllm_avl.kernels.cpu.vectors import ELEMENTS
 
@@ -23,6 +24,7 @@ __all__ = [
     "attention_scores",
     "copy_rows",
     "rank_rows",
+    "read_rows",
     "selected_attention",
     "start",
 ]

@@ -40,6 +40,8 @@ BATCHES = {
     ),
     **{name: ({}, grid(policy=name)) for name in ("fastv", "random", "streaming")},
     **{name: ({}, grid(policy=name)) for name in ("h2o", "snapkv")},
+    **{name: ({}, grid(policy=name)) for name in ("keydiff", "mixkv")},
+    "mixkv-max": ({"head_reduction": "max"}, grid(policy="mixkv")),
     "h2o-text": ({}, grid(policy="h2o", text_keep_ratio=0.3)),
     "mixed": (
         {},

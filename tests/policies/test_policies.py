@@ -34,8 +34,17 @@ def view_of(num_tokens=60, num_groups=1, **changes):
     return replace(view, **changes)
 
 
+def rows_of(num_groups=3, num_tokens=60, head_size=16):
+    generator = torch.Generator().manual_seed(1)
+    shape = 2, num_groups, num_tokens, head_size
+    keys, values = torch.randn(shape, generator=generator)
+    return {"keys": keys, "values": values}
+
+
 def view_for(policy):
-    view = view_of(num_groups=3 if policy.per_head else 1)
+    view = view_of(num_groups=3 if policy.per_head or policy.reads_rows else 1)
+    if policy.reads_rows:
+        view = replace(view, **rows_of())
     return view if policy.keeps_sums else replace(view, sums=None)
 
 
@@ -75,7 +84,8 @@ def test_a_view_is_only_read(name):
     policy = POLICIES[name]
     view, untouched = view_for(policy), view_for(policy)
     policy.score(view)
-    for field in ("positions", "attention", "held", "num_kept"):
+    read = ("keys", "values") if policy.reads_rows else ()
+    for field in ("positions", "attention", "held", "num_kept", *read):
         assert torch.equal(getattr(view, field), getattr(untouched, field))
 
 
@@ -102,7 +112,11 @@ def test_every_policy_spends_the_same(name):
         ("ranks_text", {"h2o", "snapkv", "streaming"}),
         ("per_head", {"h2o", "snapkv"}),
         ("keeps_sums", {"h2o"}),
-        ("refreshes", {"avl", "full", "h2o", "random"}),
+        ("reads_rows", {"keydiff", "mixkv"}),
+        (
+            "refreshes",
+            {"avl", "full", "h2o", "keydiff", "mixkv", "random"},
+        ),
         ("adapts", set(POLICIES) - {"full"}),
     ],
 )
@@ -112,13 +126,69 @@ def test_what_the_papers_ask_of_the_template(requirement, expected):
 
 def test_windows_are_those_of_the_documents():
     windows = {name: policy.window for name, policy in POLICIES.items()}
-    many = {"avl": 32, "h2o": 32, "snapkv": 32}
+    many = {"avl": 32, "h2o": 32, "mixkv": 32, "snapkv": 32}
     assert windows == dict.fromkeys(POLICIES, 1) | many
 
 
 def test_avl_ranks_by_attention():
     view = view_of()
     assert torch.equal(POLICIES["avl"].score(view), view.attention)
+
+
+@pytest.mark.parametrize("name", ["keydiff", "mixkv"])
+def test_refreshes_rank_by_attention_where_rows_are_read(name):
+    view = view_of()
+    assert torch.equal(POLICIES[name].score(view), view.attention)
+
+
+def test_a_key_unlike_the_others_with_a_large_value_goes_first_for_keydiff():
+    keys = torch.zeros(1, 5, 4)
+    keys[..., 0], keys[0, 3] = 1.0, torch.tensor([0.0, 2.0, 0.0, 0.0])
+    values = torch.ones(1, 5, 4)
+    values[0, 3], values[0, 4] = 2.0, 3.0
+    view = view_of(5, keys=keys, values=values)
+    scores = POLICIES["keydiff"].score(view)
+    assert scores[0].argmax() == 3
+    # Without both, nothing: a large value alone does not count.
+    assert scores[0, [0, 1, 2, 4]].eq(0).all()
+    turned = replace(view, attention=view.attention.flip(1), num_scoring_rows=9)
+    assert torch.equal(POLICIES["keydiff"].score(turned), scores)
+
+
+def test_mixkv_is_diversity_where_all_keys_are_alike():
+    keys = torch.ones(1, 60, 4)
+    keys[0, 7, 0] = 1.01
+    view = view_of(keys=keys, values=torch.rand(1, 60, 4))
+    assert POLICIES["mixkv"].score(view)[0].argmax() == 7
+
+
+def test_mixkv_is_importance_where_no_two_keys_are_alike():
+    keys, values = torch.eye(60).unsqueeze(0), torch.ones(1, 60, 4)
+    view = view_of(keys=keys, values=values)
+    scores = POLICIES["mixkv"].score(view)
+    assert torch.equal(scores.argsort(), view.attention.argsort())
+    values[0, 9] = 2.0
+    assert POLICIES["mixkv"].score(view)[0].argmax() == 9
+
+
+def test_mixkv_gives_diversity_and_norm_the_weight_of_attention():
+    rows = rows_of()
+    view = view_of(num_groups=3, **rows)
+    unit = rows["keys"] / rows["keys"].norm(dim=2, keepdim=True)
+    cosines = unit @ unit.transpose(1, 2)
+    redundancy = (cosines.sum((1, 2)) - 60) / (60 * 59)
+    assert (redundancy.abs() < 0.1).all()
+
+    def scaled(numbers):
+        numbers = numbers - numbers.amin(1, keepdim=True)
+        mean = view.attention.mean(1, keepdim=True)
+        return numbers / numbers.mean(1, keepdim=True) * mean
+
+    weight = redundancy.clamp(min=0).unsqueeze(1)
+    expected = weight * scaled(-cosines.mean(2))
+    norm = scaled(rows["values"].norm(dim=2))
+    expected = expected + (1 - weight) * (view.attention + norm)
+    torch.testing.assert_close(POLICIES["mixkv"].score(view), expected)
 
 
 def test_full_prefers_nothing():

@@ -12,6 +12,8 @@ from vllm_avl.policies.base import Policy, TokenView
 from vllm_avl.policies.fastv import FastVPolicy
 from vllm_avl.policies.full import FullPolicy
 from vllm_avl.policies.h2o import H2OPolicy
+from vllm_avl.policies.keydiff import KeyDiffPolicy
+from vllm_avl.policies.mixkv import MixKVPolicy
 from vllm_avl.policies.random import RandomPolicy
 from vllm_avl.policies.snapkv import SnapKVPolicy
 from vllm_avl.policies.streaming import StreamingPolicy
@@ -21,6 +23,8 @@ OURS = {
     "fastv": FastVPolicy(),
     "full": FullPolicy(),
     "h2o": H2OPolicy(),
+    "keydiff": KeyDiffPolicy(),
+    "mixkv": MixKVPolicy(),
     "random": RandomPolicy(),
     "snapkv": SnapKVPolicy(),
     "streaming": StreamingPolicy(),

@@ -18,7 +18,7 @@ class TokenView:
     """The tokens a policy ranks, in one layer of one request.
 
     `num_groups` is 1 for a policy that ranks once a layer, and the number of KV heads
-    for one that ranks for each of them.
+    for one that ranks for each of them, or that sees `keys` and `values`.
     """
 
     positions: torch.Tensor
@@ -40,6 +40,11 @@ class TokenView:
     """Length of the sequence."""
     memo: dict[str, Any]
     """Shared by the layers of one request and step."""
+    keys: torch.Tensor | None = None
+    """[num_groups, num_tokens, head_size] as they are cached, rotated, fp32; None
+    unless `reads_rows`, and at refreshes."""
+    values: torch.Tensor | None = None
+    """As `keys`."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,9 @@ class Policy(ABC):
     """Whether every KV head has a ranking of its own."""
     keeps_sums: ClassVar[bool] = False
     """Whether attention is added up over the request's life."""
+    reads_rows: ClassVar[bool] = False
+    """Whether it looks at keys and values, at the prompt's end. It then scores for each
+    KV head; unless `per_head`, the template reduces these scores over all heads."""
     ranks_attention: ClassVar[bool] = False
     """Whether the attention over all heads is the score, so that kernels may rank."""
     refreshes: ClassVar[bool] = True

@@ -42,6 +42,16 @@ class Cache(Protocol):
             num_slots: first slots to look at.
         """
 
+    def rows(
+        self, blocks: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, [num_kv_heads, num_slots, head_size] each, fp32.
+
+        Args:
+            blocks: block ids of a sequence, int32.
+            slots: [num_slots] of these blocks, int64.
+        """
+
     def rank(
         self,
         scores: torch.Tensor,

@@ -130,21 +130,26 @@ class Layer:
             num_core: how many of those are core.
         """
         state, candidates = task.state, task.state.candidates
-        if not state.policy.per_head:
+        splits = state.policy.per_head or state.policy.reads_rows
+        if not splits:
             ranked = self._reduce(state, attention, 0)[:, candidates]
             ranked = self._over_ranks(task, ranked)
             if state.policy.ranks_attention:
                 return ranked, ranked
         by_kv_head = sums = None
-        if state.policy.per_head or state.policy.keeps_sums:
+        if splits or state.policy.keeps_sums:
             by_kv_head = self._by_kv_head(attention)[:, candidates]
-            ranked = by_kv_head if state.policy.per_head else ranked
+            ranked = by_kv_head if splits else ranked
             sums = by_kv_head if state.policy.keeps_sums else None
         held = torch.ones_like(ranked, dtype=torch.bool)
-        scores = self._scores(task, ranked, sums, held, num_kept)
+        rows = None
+        if state.policy.reads_rows:
+            assert task.prompt is not None
+            rows = self.cache.rows(task.prompt, candidates)
+        scores = self._scores(task, ranked, sums, held, num_kept, rows)
         if num_core == num_kept:
             return scores, scores
-        return scores, self._scores(task, ranked, sums, held, num_core)
+        return scores, self._scores(task, ranked, sums, held, num_core, rows)
 
     def _copy(self, task: Task, order: torch.Tensor) -> None:
         """Copy the prompt's rows, in `order`, to the first stored slots."""
@@ -301,9 +306,14 @@ class Layer:
         sums: torch.Tensor | None,
         held: torch.Tensor,
         num_kept: int | torch.Tensor,
+        rows: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """[num_groups, num_candidates] scores of the request's policy."""
+        """[num_groups, num_candidates] scores of the request's policy.
+
+        Those of a policy that reads `rows` are reduced over heads, as attention is.
+        """
         state = task.state
+        keys, values = rows or (None, None)
         if isinstance(num_kept, int):
             num_kept = torch.full((len(held), 1), num_kept, device=held.device)
         view = TokenView(
@@ -316,8 +326,13 @@ class Layer:
             layer=layer_number(self.name) or 0,
             num_computed=task.num_tokens,
             memo=state.memo,
+            keys=keys,
+            values=values,
         )
-        return state.policy.score(view)
+        scores = state.policy.score(view)
+        if rows is None or state.policy.per_head:
+            return scores
+        return self._over_ranks(task, self._reduce(state, scores, 0))
 
     def _reduce(
         self, state: RequestState, attention: torch.Tensor, dim: int

@@ -13,6 +13,7 @@ from vllm_avl.kernels.cpu.attention import DecodeRows, selected_attention
 from vllm_avl.kernels.cpu.copy_rows import copy_rows
 from vllm_avl.kernels.cpu.pairs import PAIRS
 from vllm_avl.kernels.cpu.rank_rows import rank_rows
+from vllm_avl.kernels.cpu.read_rows import read_rows
 from vllm_avl.kernels.cpu.scores import attention_scores
 from vllm_avl.worker.request import Task
 from vllm_avl.worker.rows import LayerRows, Mask
@@ -88,6 +89,15 @@ class CPUCache:
     def seen(self, task: Task, num_slots: int) -> torch.Tensor:
         """[num_heads, num_slots] attention of a row that our kernel has attended."""
         return self.seen_by[task.last][:, :num_slots]
+
+    def rows(
+        self, blocks: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[num_kv_heads, num_slots, head_size] keys and values, fp32."""
+        keys, values = read_rows(
+            self.halves, self.head_size, blocks, slots, packed=self.packed
+        )
+        return keys * self.k_scale, values * self.v_scale
 
     def rank(
         self,

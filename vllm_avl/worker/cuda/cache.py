@@ -115,6 +115,14 @@ class CUDACache:
             return logits.softmax(1)[:, :num_slots]
         return lists.scores[:, self._rows(task.stored, num_slots)]
 
+    def rows(
+        self, blocks: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[num_kv_heads, num_slots, head_size] keys and values, fp32."""
+        block, slot = blocks[slots // self.block_size], slots % self.block_size
+        keys, values = (half[block, :, slot] for half in (self.keys, self.values))
+        return keys.transpose(0, 1).float(), values.transpose(0, 1).float()
+
     def rank(
         self,
         scores: torch.Tensor,
