@@ -2,6 +2,7 @@
 
 import random
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -33,7 +34,7 @@ def checkpoint(tmp_path_factory):
 
 
 @contextmanager
-def serving(checkpoint, num_host_blocks=None, **options):
+def serving(checkpoint, num_host_blocks=None, name="llava", **options):
     """An engine; a process has one connector, which goes with it."""
     if num_host_blocks:
         options["kv_transfer_config"] = KVTransferConfig(
@@ -43,7 +44,7 @@ def serving(checkpoint, num_host_blocks=None, **options):
                 "cpu_bytes_to_use": num_host_blocks * BYTES_A_BLOCK
             },
         )
-    engine = Engine(checkpoint, **{"max_num_batched_tokens": 4096} | options)
+    engine = Engine(checkpoint, name, **{"max_num_batched_tokens": 4096} | options)
     try:
         yield engine
     finally:
@@ -123,6 +124,30 @@ def test_what_was_given_back_comes_from_the_host(checkpoint, fresh, monkeypatch)
             assert again.num_cached_tokens >= 32
             settle(engine)
     assert LateCopies.num_blocks[False] > 40
+
+
+def test_beside_sliding_windows(tmp_path, monkeypatch):
+    checkpoint = models.build(
+        "gemma3", tmp_path / "gemma3", replace(SIZE, num_layers=3)
+    )
+    xargs = (("avl_store_ratio", 0.2),), (("avl", 0),)
+    asks = [replace(ASKS[1], xargs=each) for each in xargs]
+    with serving(checkpoint, name="gemma3") as engine:
+        alone = [engine.alone(ask) for ask in asks]
+    install(monkeypatch)
+    options = {"name": "gemma3", "avl": {"introspection": 1}}
+    with serving(checkpoint, num_host_blocks=400, **options) as engine:
+        for first, second in ((0, 1), (1, 0), (0, 0)):
+            engine.llm.reset_prefix_cache(reset_connector=True)
+            (output,) = serve(engine, [asks[first]])
+            assert tokens_of(output) == alone[first]
+            settle(engine)
+            (output,) = serve(engine, [asks[second]])
+            assert tokens_of(output) == alone[second]
+            assert output.num_cached_tokens >= 32
+            settle(engine)
+        worker = engine.core.model_executor.driver_worker.worker
+        assert worker.avl_report(worker.avl_requests()[-1]).num_blocks_freed > 0
 
 
 @pytest.mark.parametrize("seed", range(6))

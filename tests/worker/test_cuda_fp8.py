@@ -120,6 +120,14 @@ def test_rows_of_our_kernel(is_quantised, tokens):
     torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-6)
 
 
+def test_rows_that_policies_look_at():
+    caches, slots = Caches(), torch.tensor([3, 68, 17, 40])
+    ours = caches.fp8.rows(caches.blocks, slots)
+    for one, other in zip(ours, caches.fp32.rows(caches.blocks, slots), strict=True):
+        assert one.shape == (NUM_KV_HEADS, len(slots), HEAD_SIZE)
+        assert torch.equal(one, other)
+
+
 def test_rows_move_bit_by_bit():
     caches = Caches()
     slots = torch.tensor([[3, 68, 17, 40]], dtype=torch.int32)

@@ -30,9 +30,9 @@ class MixKVPolicy(Policy):
         if view.keys is None or view.values is None:
             return view.attention
         alike, num_tokens = similarity(view.keys), len(view.positions)
-        paid = view.attention.mean(1, keepdim=True)
-        diversity = _with_mean(in_unit_range(-alike), paid)
-        norm = _with_mean(in_unit_range(view.values.norm(dim=2)), paid)
+        mean = view.attention.mean(1, keepdim=True)
+        diversity = _with_mean(in_unit_range(-alike), mean)
+        norm = _with_mean(in_unit_range(view.values.norm(dim=2)), mean)
         pairs = alike.mean(1, keepdim=True) * num_tokens - 1
         redundancy = (pairs / max(num_tokens - 1, 1)).clamp(0, 1)
         importance = view.attention + norm

@@ -120,8 +120,13 @@ class CUDACache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[num_kv_heads, num_slots, head_size] keys and values, fp32."""
         block, slot = blocks[slots // self.block_size], slots % self.block_size
-        keys, values = (half[block, :, slot] for half in (self.keys, self.values))
-        return keys.transpose(0, 1).float(), values.transpose(0, 1).float()
+        keys, values = (
+            half[block, :, slot].transpose(0, 1).float()
+            for half in (self.keys, self.values)
+        )
+        if self.scales is None:
+            return keys, values
+        return keys * self.scales.key, values * self.scales.value
 
     def rank(
         self,
