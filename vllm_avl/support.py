@@ -185,13 +185,20 @@ def _check_cache(dtype: str, device_type: str) -> None:
         )
 
 
+def last_chunk(avl_config: AVLConfig) -> int:
+    """Tokens of a prompt's last chunk, which holds every row that scores.
+
+    At most: a request may ask for any policy.
+    """
+    windows = (policy.window for policy in POLICIES.values())
+    return max(avl_config.observation_window or max(windows), 2)
+
+
 def _check_chunks(scheduler_config: Any, avl_config: AVLConfig) -> None:
-    # The last chunk of a prompt holds every scoring row; a step must have room for it
-    # beside one token of every other request.
-    # A request may ask for any policy.
-    window = avl_config.observation_window or max(p.window for p in POLICIES.values())
-    last_chunk = max(window, 2)
-    needed = scheduler_config.max_num_seqs + last_chunk - 1
+    # A step must have room for it beside one token of every other request.
+    last = last_chunk(avl_config)
+    window = avl_config.observation_window or last
+    needed = scheduler_config.max_num_seqs + last - 1
     for name in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
         tokens = getattr(scheduler_config, name)
         if tokens is not None and tokens < needed:
@@ -201,9 +208,9 @@ def _check_chunks(scheduler_config: Any, avl_config: AVLConfig) -> None:
                 f"observation_window {window}), not {tokens}; raise it, {WAY_OUT}"
             )
     threshold = scheduler_config.long_prefill_token_threshold
-    if 0 < threshold < last_chunk:
+    if 0 < threshold < last:
         raise UnsupportedError(
-            f"{BACKEND} needs --long-prefill-token-threshold of at least {last_chunk} "
+            f"{BACKEND} needs --long-prefill-token-threshold of at least {last} "
             f"or 0, not {threshold}; raise it, {WAY_OUT}"
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
@@ -20,6 +20,10 @@ from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import (
+    SingleTypeKVCacheManager,
+    SlidingWindowManager,
+)
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
@@ -39,6 +43,7 @@ from vllm_avl.scheduler.admission import plan_request
 from vllm_avl.scheduler.manager import AVLManager
 from vllm_avl.scheduler.pressure import Pressure
 from vllm_avl.scheduler.spec import our_group
+from vllm_avl.support import last_chunk
 
 logger = logging.getLogger("vllm.avl")
 
@@ -57,6 +62,7 @@ class _Adaptive(Scheduler):
         assert isinstance(manager, AVLManager)
         self._avl_manager = manager
         share_prompts_only(self.kv_cache_manager.coordinator, manager)
+        retain_in_front_of_scoring(self._avl_groups, last_chunk(self._avl_config))
         # Kernels find what they know of a row by its place in the pool.
         manager.copies_shared = current_platform.is_cuda()
         # It saves what lies there when the layers have run.
@@ -298,3 +304,34 @@ def share_prompts_only(coordinator: KVCacheCoordinator, manager: AVLManager) -> 
         original(request, num_computed_tokens)
 
     coordinator.cache_blocks = cache_blocks  # type: ignore[method-assign]
+
+
+def retain_in_front_of_scoring(
+    groups: Sequence[SingleTypeKVCacheManager], num_scoring: int
+) -> None:
+    """Let sliding windows keep what a hit of an adaptive request ends at.
+
+    vLLM may keep a window's blocks at the prompt's end alone, and a hit ends where all
+    groups have one.
+
+    Args:
+        groups: of the cache.
+        num_scoring: tokens of a prompt that are computed in any case.
+    """
+    for group in groups:
+        if isinstance(group, SlidingWindowManager):
+            original = group.cache_blocks
+
+            @functools.wraps(original)
+            def cache_blocks(
+                request: Request,
+                *args: Any,
+                replay_boundaries: Sequence[int],
+                original: Callable[..., None] = original,
+                **kwargs: Any,
+            ) -> None:
+                scoring = max(request.num_prompt_tokens - num_scoring, 0)
+                kept = *replay_boundaries, scoring
+                original(request, *args, replay_boundaries=kept, **kwargs)
+
+            group.cache_blocks = cache_blocks  # type: ignore[method-assign]
