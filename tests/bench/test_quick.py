@@ -8,7 +8,7 @@ import pytest
 
 SCRIPTS = [
     *("concurrency.py", "overhead.py", "memory.py", "decode.py", "operation.py"),
-    *("turns.py", "host_time.py", "drafts.py"),
+    *("turns.py", "host_time.py", "drafts.py", "ranking_study.py"),
 ]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
