@@ -27,16 +27,16 @@ def measured():
     }
 
 
-def tables(document):
-    """Tables with a column a task, as dicts by column."""
+def tables(document, wanted=frozenset(ALL_TASKS)):
+    """Tables with the wanted columns, by default one a task, as dicts by column."""
     found, columns = [], None
     for line in (REPOSITORY / document).read_text().splitlines():
-        cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
         if not line.startswith("|"):
             columns = None
         elif columns is None:
             columns = cells
-        elif set(ALL_TASKS) <= set(columns) and set(cells[0]) != {"-"}:
+        elif wanted <= set(columns) and set(cells[0]) != {"-"}:
             found.append(dict(zip(columns, cells, strict=True)))
     return found
 
@@ -67,3 +67,27 @@ def test_tables_are_the_csv(document, count, measured):
             if spread:
                 half = (float(row["high"]) - float(row["low"])) / 2
                 assert float(spread[0]) == pytest.approx(half, abs=0.051), line
+
+
+def test_rankings_are_the_csvs(measured):
+    with (RESULTS / "ranking.csv").open(newline="") as rows:
+        ranked = {
+            (row["task"], row["name"], row["S"]): row
+            for row in csv.DictReader(rows)
+            if row["first"] == "0"
+        }
+    found = tables("docs/accuracy.md", {"policy", "caption", "ocr"})
+    assert len(found) == 10
+    for line in found:
+        name, ratio = line["policy"], line["S"]
+        for task in set(ALL_TASKS) & {task for task, cell in line.items() if cell}:
+            score, *told = line[task].rstrip("]").split(" [")
+            row = ranked.get((task, name, ratio))
+            if name == "avl":
+                row = measured[key({"name": name, "S": ratio}, task, None)]
+            assert float(score) == pytest.approx(float(row["score"]), abs=0.051), line
+            assert bool(told) == (name not in ("full", "avl"))
+            for bound, column in zip(
+                told and told[0].split(", "), ("diff_low", "diff_high"), strict=False
+            ):
+                assert float(bound) == pytest.approx(float(row[column]), abs=0.051)
