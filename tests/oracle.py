@@ -283,7 +283,7 @@ class Oracle:
         differing = [scores[p] for p in ours ^ theirs]
         gap = max(differing) - min(differing)
         assert gap <= CLOSE * max(finite), f"{where}: scores differ by {gap}"
-        # Scores that keys and values are in are closer to each other: heads that share a
+        # Scores made of keys and values are closer to each other: heads that share a
         # ranking tie once.
         self.num_ties += not (self.settings.reads_rows and head)
         return theirs
