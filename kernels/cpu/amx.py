@@ -15,13 +15,13 @@ import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 from vllm_avl.kernels.cpu.pairs import LINE, PAIRS, call
 from vllm_avl.kernels.cpu.softmax import STEP
 from vllm_avl.kernels.cpu.threads import compiled, copy_element, read, write
 from vllm_avl.kernels.cpu.tiles import PART, TILE
 from vllm_avl.kernels.cpu.vectors import (
     LANES,
+    instruction,
     load,
     multiply,
     offset,
@@ -97,80 +97,68 @@ def _multiply_all(builder: Any, rows: int) -> None:
             _multiply_add(builder, 2 * row + column, 4 + row, 6 + column)
 
 
-@intrinsic
-def _configure(_context: Any, config: Any) -> Any:
-    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        if AMX:
-            _call(builder, "ldtilecfg", pointer_at(builder, values[0], _BYTE))
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
+@instruction(types.void, types.int64)
+def _configure(builder: Any, config: Any) -> None:
+    if AMX:
+        _call(builder, "ldtilecfg", pointer_at(builder, config, _BYTE))
 
 
-@intrinsic
-def _release(_context: Any) -> Any:
-    def generate(context: Any, builder: Any, _signature: Any, _values: Any) -> Any:
-        if AMX:
-            _call(builder, "tilerelease")
-        return context.get_dummy_value()
-
-    return types.void(), generate
+@instruction(types.void)
+def _release(builder: Any) -> None:
+    if AMX:
+        _call(builder, "tilerelease")
 
 
-@intrinsic
+@instruction(types.void, *[types.int64] * 5)
 def _dot(
-    _context: Any,
+    builder: Any,
     queries: Any,
     num_matrices: Any,
     keys: Any,
     head_size: Any,
     logits: Any,
-) -> Any:
+) -> None:
     """Write the products of 16 or 32 rows with `TILE` keys.
 
     Args:
+        builder: of instructions.
         queries: address of bfloat16 [rows, head_size].
         num_matrices: 1 or 2.
         keys: address.
+        head_size: of keys and queries.
         logits: address of fp32 [rows, TILE], rows `PART` numbers apart.
     """
+    if not AMX:
+        return
+    row_step = builder.mul(head_size, _LONG(2))
+    to_rows = builder.mul(row_step, _LONG(MATRIX_ROWS))
+    to_next = builder.mul(head_size, _LONG(2 * LANES))
 
-    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        if not AMX:
-            return context.get_dummy_value()
-        queries, num_matrices, keys, size, logits = values
-        row_step = builder.mul(size, _LONG(2))
-        to_rows = builder.mul(row_step, _LONG(MATRIX_ROWS))
-        to_next = builder.mul(size, _LONG(2 * LANES))
-
-        def build(rows: int) -> None:
-            for register in range(2 * rows):
-                _call(builder, "tilezero", _BYTE(register))
-            with cgutils.for_range(builder, builder.udiv(size, _LONG(32))) as loop:
-                at = builder.add(queries, builder.mul(loop.index, _LONG(VECTOR)))
-                for row in range(rows):
-                    of_row = builder.add(at, builder.mul(to_rows, _LONG(row)))
-                    _load(builder, 4 + row, of_row, row_step)
-                at = builder.add(keys, builder.mul(loop.index, _LONG(MATRIX)))
-                for slots in range(2):
-                    of_slots = builder.add(at, builder.mul(to_next, _LONG(slots)))
-                    _load(builder, 6 + slots, of_slots, _LONG(VECTOR))
-                _multiply_all(builder, rows)
+    def build(rows: int) -> None:
+        for register in range(2 * rows):
+            _call(builder, "tilezero", _BYTE(register))
+        with cgutils.for_range(builder, builder.udiv(head_size, _LONG(32))) as loop:
+            at = builder.add(queries, builder.mul(loop.index, _LONG(VECTOR)))
             for row in range(rows):
-                for slots in range(2):
-                    at = 4 * (row * MATRIX_ROWS * PART + slots * LANES)
-                    at = offset(builder, logits, at)
-                    _store(builder, 2 * row + slots, at, _LONG(4 * PART))
+                of_row = builder.add(at, builder.mul(to_rows, _LONG(row)))
+                _load(builder, 4 + row, of_row, row_step)
+            at = builder.add(keys, builder.mul(loop.index, _LONG(MATRIX)))
+            for slots in range(2):
+                of_slots = builder.add(at, builder.mul(to_next, _LONG(slots)))
+                _load(builder, 6 + slots, of_slots, _LONG(VECTOR))
+            _multiply_all(builder, rows)
+        for row in range(rows):
+            for slots in range(2):
+                at = 4 * (row * MATRIX_ROWS * PART + slots * LANES)
+                at = offset(builder, logits, at)
+                _store(builder, 2 * row + slots, at, _LONG(4 * PART))
 
-        _for_rows(builder, num_matrices, build)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 5), generate
+    _for_rows(builder, num_matrices, build)
 
 
-@intrinsic
+@instruction(types.void, *[types.int64] * 8)
 def _add(
-    _context: Any,
+    builder: Any,
     weights: Any,
     num_matrices: Any,
     tiles: Any,
@@ -179,10 +167,11 @@ def _add(
     group_step: Any,
     sums: Any,
     sum_step: Any,
-) -> Any:
+) -> None:
     """Add `TILE` columns of values, weighted, to the sums of 16 or 32 rows.
 
     Args:
+        builder: of instructions.
         weights: address of bfloat16 [rows, PART], rows `LINE` bytes apart.
         num_matrices: 1 or 2.
         tiles: address of int64 [num_tiles], where the values of `TILE` slots lie.
@@ -190,43 +179,38 @@ def _add(
         column: the first.
         group_step: bytes from 16 elements of a tile to the next 16.
         sums: address of fp32 [rows, head_size], rows `sum_step` bytes apart.
+        sum_step: see `sums`.
     """
+    if not AMX:
+        return
+    groups = builder.udiv(column, _LONG(LANES))
+    at_column = builder.mul(groups, group_step)
+    outputs = builder.add(sums, builder.mul(column, _LONG(4)))
+    to_rows = builder.mul(sum_step, _LONG(MATRIX_ROWS))
 
-    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        if not AMX:
-            return context.get_dummy_value()
-        weights, num_matrices, tiles, num_tiles, column, group_step, sums, step = values
-        groups = builder.udiv(column, _LONG(LANES))
-        at_column = builder.mul(groups, group_step)
-        outputs = builder.add(sums, builder.mul(column, _LONG(4)))
-        to_rows = builder.mul(step, _LONG(MATRIX_ROWS))
+    def sums_at(row: int, columns: int) -> Any:
+        at = builder.add(outputs, builder.mul(to_rows, _LONG(row)))
+        return offset(builder, at, 4 * columns * LANES)
 
-        def sums_at(row: int, columns: int) -> Any:
-            at = builder.add(outputs, builder.mul(to_rows, _LONG(row)))
-            return offset(builder, at, 4 * columns * LANES)
+    def build(rows: int) -> None:
+        places = [(2 * r + c, sums_at(r, c)) for r in range(rows) for c in range(2)]
+        for register, at in places:
+            _load(builder, register, at, sum_step)
+        with cgutils.for_range(builder, num_tiles) as loop:
+            at = builder.add(weights, builder.mul(loop.index, _LONG(VECTOR)))
+            for row in range(rows):
+                of_row = offset(builder, at, row * MATRIX_ROWS * LINE)
+                _load(builder, 4 + row, of_row, _LONG(LINE))
+            at = builder.add(tiles, builder.mul(loop.index, _LONG(8)))
+            at = builder.load(pointer_at(builder, at, _LONG))
+            at = builder.add(at, at_column)
+            _load(builder, 6, at, _LONG(VECTOR))
+            _load(builder, 7, builder.add(at, group_step), _LONG(VECTOR))
+            _multiply_all(builder, rows)
+        for register, at in places:
+            _store(builder, register, at, sum_step)
 
-        def build(rows: int) -> None:
-            places = [(2 * r + c, sums_at(r, c)) for r in range(rows) for c in range(2)]
-            for register, at in places:
-                _load(builder, register, at, step)
-            with cgutils.for_range(builder, num_tiles) as loop:
-                at = builder.add(weights, builder.mul(loop.index, _LONG(VECTOR)))
-                for row in range(rows):
-                    of_row = offset(builder, at, row * MATRIX_ROWS * LINE)
-                    _load(builder, 4 + row, of_row, _LONG(LINE))
-                at = builder.add(tiles, builder.mul(loop.index, _LONG(8)))
-                at = builder.load(pointer_at(builder, at, _LONG))
-                at = builder.add(at, at_column)
-                _load(builder, 6, at, _LONG(VECTOR))
-                _load(builder, 7, builder.add(at, group_step), _LONG(VECTOR))
-                _multiply_all(builder, rows)
-            for register, at in places:
-                _store(builder, register, at, step)
-
-        _for_rows(builder, num_matrices, build)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 8), generate
+    _for_rows(builder, num_matrices, build)
 
 
 begin_matrices = compiled(lambda config: _configure(config))

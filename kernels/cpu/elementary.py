@@ -6,11 +6,12 @@ from typing import Any
 
 from vllm_avl.kernels.cpu.vectors import (
     FLOATS,
+    VECTOR,
     WORDS,
     constant,
     every_word,
+    instruction,
     multiply_add_of,
-    of_one,
 )
 
 
@@ -73,5 +74,5 @@ def tanh_of(builder: Any, x: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", size, constant(0.625)), far, small)
 
 
-exponential = of_one(exponential_of)
-tanh = of_one(tanh_of)
+exponential = instruction(VECTOR, VECTOR)(exponential_of)
+tanh = instruction(VECTOR, VECTOR)(tanh_of)

@@ -13,14 +13,13 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 from vllm_avl.kernels.cpu.pairs import (
     BFLOATS,
     LINE,
     PAIRED,
     PAIRS,
-    add_pairs,
-    pair_at,
+    add_query_pairs,
+    add_weight_pairs,
     store_products,
 )
 from vllm_avl.kernels.cpu.threads import compiled, copy_element, read, write
@@ -38,6 +37,7 @@ from vllm_avl.kernels.cpu.tiles import (
 from vllm_avl.kernels.cpu.vectors import (
     LANES,
     bfloats_from,
+    instruction,
     offset,
     pointer_at,
     prefetch_at,
@@ -65,9 +65,9 @@ def _all_lanes(builder: Any, word: Any) -> Any:
     return builder.shuffle_vector(first, first, ir.Constant(_WORDS, [0] * 16))
 
 
-@intrinsic
+@instruction(types.void, None, *[types.int64] * 5, types.float32, *[types.int64] * 2)
 def _dot_packed(
-    _context: Any,
+    builder: Any,
     element: Any,
     keys: Any,
     head_size: Any,
@@ -77,44 +77,35 @@ def _dot_packed(
     scale: Any,
     logits: Any,
     ahead: Any,
-) -> Any:
+) -> None:
     """As `tiles.dot_tile`, of rows that lie `row_step` bytes apart, times `scale`."""
+    if not PAIRS or element not in PAIRED:
+        return
+    num_pairs, num_bytes = builder.udiv(head_size, _LONG(2)), _vector_bytes(element)
+    to_next = builder.mul(num_pairs, num_bytes)
 
-    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        _, keys, size, query, row_step, num_rows, scale, logits, ahead = values
-        if not PAIRS or element not in PAIRED:
-            return context.get_dummy_value()
-        num_pairs, num_bytes = builder.udiv(size, _LONG(2)), _vector_bytes(element)
-        to_next = builder.mul(num_pairs, num_bytes)
+    def build(rows: int) -> None:
+        sums = build_sums(builder, rows, TILE // LANES)
+        clear_sums(builder, sums)
+        with cgutils.for_range(builder, num_pairs) as loop:
+            step = builder.mul(loop.index, num_bytes)
+            pairs = []
+            for slots in range(TILE // LANES):
+                at = builder.add(step, builder.mul(to_next, _LONG(slots)))
+                prefetch_at(builder, builder.add(ahead, at))
+                at = builder.add(keys, at)
+                found = bfloats_from(builder, at, element, VECTOR)
+                pairs.append(builder.bitcast(found, BFLOATS))
+            at = builder.add(query, builder.mul(loop.index, _LONG(4)))
+            add_query_pairs(builder, sums, at, row_step, pairs)
+        store_products(builder, sums, scale, logits)
 
-        def build(rows: int) -> None:
-            sums = build_sums(builder, rows, TILE // LANES)
-            clear_sums(builder, sums)
-            with cgutils.for_range(builder, num_pairs) as loop:
-                step = builder.mul(loop.index, num_bytes)
-                pairs = []
-                for slots in range(TILE // LANES):
-                    at = builder.add(step, builder.mul(to_next, _LONG(slots)))
-                    prefetch_at(builder, builder.add(ahead, at))
-                    at = builder.add(keys, at)
-                    found = bfloats_from(builder, at, element, VECTOR)
-                    pairs.append(builder.bitcast(found, BFLOATS))
-                at = builder.add(query, builder.mul(loop.index, _LONG(4)))
-                for row, places in enumerate(sums):
-                    of_row = builder.add(at, builder.mul(row_step, _LONG(row)))
-                    add_pairs(builder, places, pair_at(builder, of_row), pairs)
-            store_products(builder, sums, scale, logits)
-
-        for_rows(builder, num_rows, build)
-        return context.get_dummy_value()
-
-    numbers = [types.int64] * 5
-    return types.void(element, *numbers, types.float32, *numbers[:2]), generate
+    for_rows(builder, num_rows, build)
 
 
-@intrinsic
+@instruction(types.void, None, *[types.int64] * 8)
 def _add_packed(
-    _context: Any,
+    builder: Any,
     element: Any,
     picked: Any,
     num_pairs: Any,
@@ -124,56 +115,45 @@ def _add_packed(
     num_rows: Any,
     sums: Any,
     sum_step: Any,
-) -> Any:
+) -> None:
     """As `tiles.add_tile`, of `TILE` columns of listed pairs by packed weights.
 
-    Args:
-        group_step: bytes from 16 elements of a half block to the next 16.
+    `group_step` are the bytes from 16 elements of a half block to the next 16.
     """
+    if not PAIRS or element not in PAIRED:
+        return
+    groups = builder.udiv(column, _LONG(LANES))
+    at_column = builder.mul(groups, group_step)
+    outputs = builder.add(sums, builder.mul(column, _LONG(4)))
 
-    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        _, picked, num_pairs, column, group_step, weights, num_rows, outputs, step = (
-            values
-        )
-        if not PAIRS or element not in PAIRED:
-            return context.get_dummy_value()
-        groups = builder.udiv(column, _LONG(LANES))
-        at_column = builder.mul(groups, group_step)
-        outputs = builder.add(outputs, builder.mul(column, _LONG(4)))
+    def entry(index: Any, number: int) -> Any:
+        at = builder.add(picked, builder.mul(index, _LONG(8 * ENTRY)))
+        at = offset(builder, at, 8 * number)
+        return builder.load(pointer_at(builder, at, _LONG))
 
-        def entry(index: Any, number: int) -> Any:
-            at = builder.add(picked, builder.mul(index, _LONG(8 * ENTRY)))
-            at = offset(builder, at, 8 * number)
-            return builder.load(pointer_at(builder, at, _LONG))
+    def vectors_at(index: Any) -> list[Any]:
+        first = builder.add(entry(index, 0), at_column)
+        return [first, builder.add(first, group_step)]
 
-        def vectors_at(index: Any) -> list[Any]:
-            first = builder.add(entry(index, 0), at_column)
-            return [first, builder.add(first, group_step)]
+    def build(rows: int) -> None:
+        sums = build_sums(builder, rows, TILE // LANES)
+        load_sums(builder, sums, outputs, sum_step)
+        with cgutils.for_range(builder, num_pairs) as loop:
+            for at in vectors_at(builder.add(loop.index, _LONG(AHEAD // 2))):
+                prefetch_at(builder, at)
+            bits = builder.trunc(entry(loop.index, 2), _WORD)
+            bits = _all_lanes(builder, bits)
+            # Of a pair that is read by half, the other may be anything.
+            pairs = []
+            for at in vectors_at(loop.index):
+                found = bfloats_from(builder, at, element, VECTOR)
+                found = builder.and_(builder.bitcast(found, _WORDS), bits)
+                pairs.append(builder.bitcast(found, BFLOATS))
+            at = builder.add(weights, entry(loop.index, 1))
+            add_weight_pairs(builder, sums, at, pairs)
+        store_sums(builder, sums, outputs, sum_step)
 
-        def build(rows: int) -> None:
-            sums = build_sums(builder, rows, TILE // LANES)
-            load_sums(builder, sums, outputs, step)
-            with cgutils.for_range(builder, num_pairs) as loop:
-                for at in vectors_at(builder.add(loop.index, _LONG(AHEAD // 2))):
-                    prefetch_at(builder, at)
-                bits = builder.trunc(entry(loop.index, 2), _WORD)
-                bits = _all_lanes(builder, bits)
-                # Of a pair that is read by half, the other may be anything.
-                pairs = []
-                for at in vectors_at(loop.index):
-                    found = bfloats_from(builder, at, element, VECTOR)
-                    found = builder.and_(builder.bitcast(found, _WORDS), bits)
-                    pairs.append(builder.bitcast(found, BFLOATS))
-                at = builder.add(weights, entry(loop.index, 1))
-                for row, places in enumerate(sums):
-                    factor = pair_at(builder, offset(builder, at, row * LINE))
-                    add_pairs(builder, places, factor, pairs)
-            store_sums(builder, sums, outputs, step)
-
-        for_rows(builder, num_rows, build)
-        return context.get_dummy_value()
-
-    return types.void(element, *[types.int64] * 8), generate
+    for_rows(builder, num_rows, build)
 
 
 @compiled
@@ -274,22 +254,16 @@ def value_place(slot: int) -> int:
     return slot // 2 * 2 * LANES + slot % 2
 
 
-@intrinsic
+@instruction(types.void, *[types.int64] * 4, None)
 def _copy_pair(
-    _context: Any, source: Any, old: Any, target: Any, new: Any, element: Any
-) -> Any:
+    builder: Any, source: Any, old: Any, target: Any, new: Any, element: Any
+) -> None:
     """Copy two elements from one index, which is even, to another."""
     pair, size = ir.IntType(2 * element.bitwidth), _LONG(element.bitwidth // 8)
-
-    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        source, old, target, new, _ = values
-        at = builder.add(source, builder.mul(old, size))
-        to = builder.add(target, builder.mul(new, size))
-        found = builder.load(pointer_at(builder, at, pair), align=1)
-        builder.store(found, pointer_at(builder, to, pair), align=1)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4, element), generate
+    at = builder.add(source, builder.mul(old, size))
+    to = builder.add(target, builder.mul(new, size))
+    found = builder.load(pointer_at(builder, at, pair), align=1)
+    builder.store(found, pointer_at(builder, to, pair), align=1)
 
 
 @compiled
@@ -337,37 +311,33 @@ def _words_at(builder: Any, address: Any) -> Any:
     return builder.load(pointer_at(builder, address, _WORDS), align=2)
 
 
-@intrinsic
+@instruction(types.void, *[types.int64] * 5)
 def _merge(
-    _context: Any, one: Any, shift: Any, other: Any, other_shift: Any, target: Any
-) -> Any:
+    builder: Any, one: Any, shift: Any, other: Any, other_shift: Any, target: Any
+) -> None:
     """Write 16 pairs of bfloat16: of each at `one` and each at `other` a number.
 
     Args:
+        builder: of instructions.
         one: address of 16 pairs, of which the second are taken if `shift` is 16, the
             first if it is 0.
+        shift: see `one`.
         other: the same, by `other_shift`.
+        other_shift: see `other`.
         target: address.
     """
-
-    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        one, shift, other, other_shift, target = values
-        if LANES != 16:
-            return context.get_dummy_value()
-
-        shift, other_shift = (
-            _all_lanes(builder, builder.trunc(number, _WORD))
-            for number in (shift, other_shift)
-        )
-        low = builder.lshr(_words_at(builder, one), shift)
-        low = builder.and_(low, ir.Constant(_WORDS, [0xFFFF] * 16))
-        high = builder.lshr(_words_at(builder, other), other_shift)
-        high = builder.shl(high, ir.Constant(_WORDS, [16] * 16))
-        to = pointer_at(builder, target, _WORDS)
-        builder.store(builder.or_(low, high), to, align=2)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 5), generate
+    if LANES != 16:
+        return
+    shift, other_shift = (
+        _all_lanes(builder, builder.trunc(number, _WORD))
+        for number in (shift, other_shift)
+    )
+    low = builder.lshr(_words_at(builder, one), shift)
+    low = builder.and_(low, ir.Constant(_WORDS, [0xFFFF] * 16))
+    high = builder.lshr(_words_at(builder, other), other_shift)
+    high = builder.shl(high, ir.Constant(_WORDS, [16] * 16))
+    to = pointer_at(builder, target, _WORDS)
+    builder.store(builder.or_(low, high), to, align=2)
 
 
 @compiled

@@ -10,7 +10,7 @@ of values are rounded to bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -19,7 +19,6 @@ import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 from vllm_avl.kernels.cpu.compress import COMPRESSED, WINDOW, compress
 from vllm_avl.kernels.cpu.threads import compiled, write
 from vllm_avl.kernels.cpu.tiles import (
@@ -29,6 +28,7 @@ from vllm_avl.kernels.cpu.tiles import (
     build_sums,
     clear_sums,
     for_rows,
+    for_rows_and_columns,
     load_sums,
     prefetch_tile,
     rows_at_once,
@@ -40,6 +40,7 @@ from vllm_avl.kernels.cpu.vectors import (
     LANES,
     bfloats_from,
     broadcast,
+    instruction,
     narrow_to,
     offset,
     pointer_at,
@@ -99,6 +100,20 @@ def pair_at(builder: Any, address: Any) -> Any:
     return builder.bitcast(broadcast(builder, bits), BFLOATS)
 
 
+def add_query_pairs(builder: Any, sums: Any, at: Any, step: Any, pairs: Any) -> None:
+    """Add to each row its products, with a pair from `at` on every `step` bytes."""
+    for row, places in enumerate(sums):
+        of_row = builder.add(at, builder.mul(step, _LONG(row)))
+        add_pairs(builder, places, pair_at(builder, of_row), pairs)
+
+
+def add_weight_pairs(builder: Any, sums: Any, at: Any, pairs: Any) -> None:
+    """The same, of packed weights."""
+    for row, places in enumerate(sums):
+        factor = pair_at(builder, offset(builder, at, row * LINE))
+        add_pairs(builder, places, factor, pairs)
+
+
 def store_products(builder: Any, sums: Any, scale: Any, logits: Any) -> None:
     """Write rows of sums, times `scale`, `PART` numbers apart."""
     factor = broadcast(builder, scale)
@@ -129,9 +144,9 @@ def _interleaved(
     return pairs
 
 
-@intrinsic
+@instruction(types.void, None, *[types.int64] * 6, types.float32, *[types.int64] * 2)
 def _dot_pairs(
-    _context: Any,
+    builder: Any,
     element: Any,
     keys: Any,
     key_step: Any,
@@ -142,44 +157,33 @@ def _dot_pairs(
     scale: Any,
     logits: Any,
     ahead: Any,
-) -> Any:
+) -> None:
     """As `tiles.dot_tile`, of rows that lie `row_step` bytes apart, times `scale`."""
+    if not PAIRS or element not in PAIRED:
+        return
+    two = _LONG(2)
 
-    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        _, keys, key_step, size, query, row_step, num_rows, scale, logits, ahead = (
-            values
-        )
-        if not PAIRS or element not in PAIRED:
-            return context.get_dummy_value()
-        two = _LONG(2)
+    def build(rows: int) -> None:
+        sums = build_sums(builder, rows, TILE // LANES)
+        clear_sums(builder, sums)
+        with cgutils.for_range(builder, builder.udiv(head_size, two)) as loop:
+            step = builder.mul(builder.mul(loop.index, two), key_step)
+            one = builder.add(keys, step)
+            other = builder.add(one, key_step)
+            later = builder.add(ahead, step)
+            prefetch_tile(builder, later, element)
+            prefetch_tile(builder, builder.add(later, key_step), element)
+            pairs = _interleaved(builder, one, other, element, TILE // LANES)
+            at = builder.add(query, builder.mul(loop.index, _LONG(4)))
+            add_query_pairs(builder, sums, at, row_step, pairs)
+        store_products(builder, sums, scale, logits)
 
-        def build(rows: int) -> None:
-            sums = build_sums(builder, rows, TILE // LANES)
-            clear_sums(builder, sums)
-            with cgutils.for_range(builder, builder.udiv(size, two)) as loop:
-                step = builder.mul(builder.mul(loop.index, two), key_step)
-                one = builder.add(keys, step)
-                other = builder.add(one, key_step)
-                later = builder.add(ahead, step)
-                prefetch_tile(builder, later, element)
-                prefetch_tile(builder, builder.add(later, key_step), element)
-                pairs = _interleaved(builder, one, other, element, TILE // LANES)
-                at = builder.add(query, builder.mul(loop.index, _LONG(4)))
-                for row, places in enumerate(sums):
-                    of_row = builder.add(at, builder.mul(row_step, _LONG(row)))
-                    add_pairs(builder, places, pair_at(builder, of_row), pairs)
-            store_products(builder, sums, scale, logits)
-
-        for_rows(builder, num_rows, build)
-        return context.get_dummy_value()
-
-    numbers = [types.int64] * 6
-    return types.void(element, *numbers, types.float32, *numbers[:2]), generate
+    for_rows(builder, num_rows, build)
 
 
-@intrinsic
+@instruction(types.void, None, *[types.int64] * 8)
 def _add_value_pairs(
-    _context: Any,
+    builder: Any,
     element: Any,
     picked: Any,
     num_pairs: Any,
@@ -189,94 +193,64 @@ def _add_value_pairs(
     num_rows: Any,
     sums: Any,
     sum_step: Any,
-) -> Any:
+) -> None:
     """As `tiles.add_tile`, of pairs of values by packed weights."""
+    if not PAIRS or element not in PAIRED:
+        return
+    at_column = builder.mul(column, _LONG(element.bitwidth // 8))
+    outputs = builder.add(sums, builder.mul(column, _LONG(4)))
 
-    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        _, picked, num_pairs, column, width, weights, num_rows, outputs, step = values
-        if not PAIRS or element not in PAIRED:
-            return context.get_dummy_value()
-        at_column = builder.mul(column, _LONG(element.bitwidth // 8))
-        outputs = builder.add(outputs, builder.mul(column, _LONG(4)))
+    def value(index: Any) -> Any:
+        at = builder.add(picked, builder.mul(index, _LONG(16)))
+        return builder.add(builder.load(pointer_at(builder, at, _LONG)), at_column)
 
-        def value(index: Any) -> Any:
-            at = builder.add(picked, builder.mul(index, _LONG(16)))
-            return builder.add(builder.load(pointer_at(builder, at, _LONG)), at_column)
+    def build(rows: int, vectors: int) -> None:
+        sums = build_sums(builder, rows, vectors)
+        load_sums(builder, sums, outputs, sum_step)
+        with cgutils.for_range(builder, num_pairs) as loop:
+            first = builder.mul(loop.index, _LONG(2))
+            second = builder.add(first, _LONG(1))
+            for index in (first, second):
+                later = builder.add(index, _LONG(AHEAD))
+                prefetch_tile(builder, value(later), element)
+            lines = value(first), value(second)
+            pairs = _interleaved(builder, *lines, element, vectors)
+            at = builder.add(weights, builder.mul(loop.index, _LONG(4)))
+            add_weight_pairs(builder, sums, at, pairs)
+        store_sums(builder, sums, outputs, sum_step)
 
-        def build(rows: int, vectors: int) -> None:
-            sums = build_sums(builder, rows, vectors)
-            load_sums(builder, sums, outputs, step)
-            with cgutils.for_range(builder, num_pairs) as loop:
-                first = builder.mul(loop.index, _LONG(2))
-                second = builder.add(first, _LONG(1))
-                for index in (first, second):
-                    later = builder.add(index, _LONG(AHEAD))
-                    prefetch_tile(builder, value(later), element)
-                lines = value(first), value(second)
-                pairs = _interleaved(builder, *lines, element, vectors)
-                at = builder.add(weights, builder.mul(loop.index, _LONG(4)))
-                for row, of_row in enumerate(sums):
-                    factor = pair_at(builder, offset(builder, at, row * LINE))
-                    add_pairs(builder, of_row, factor, pairs)
-            store_sums(builder, sums, outputs, step)
-
-        whole = builder.icmp_signed("==", width, _LONG(TILE))
-        with builder.if_else(whole) as (wide, narrow):
-            with wide:
-                for_rows(builder, num_rows, _with(build, TILE // LANES))
-            with narrow:
-                for_rows(builder, num_rows, _with(build, TILE // LANES // 2))
-        return context.get_dummy_value()
-
-    return types.void(element, *[types.int64] * 8), generate
+    for_rows_and_columns(builder, num_rows, num_columns, build)
 
 
-def _with(build: Callable[[int, int], None], vectors: int) -> Callable[[int], None]:
-    return lambda rows: build(rows, vectors)
-
-
-@intrinsic
-def _narrow(_context: Any, source: Any, target: Any) -> Any:
+@instruction(types.void, types.int64, types.int64)
+def _narrow(builder: Any, source: Any, target: Any) -> None:
     """Write `WINDOW` fp32 numbers as bfloat16, rounded to the nearest."""
-
-    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        source, target = values
-        if PAIRS:
-            low, high = (
-                widened_from(builder, offset(builder, source, at), types.float32)
-                for at in (0, 4 * LANES)
-            )
-            name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
-            both = call(builder, name, BFLOATS, [high, low])
-            kind = ir.VectorType(_SHORT, 2 * LANES)
-            both = builder.bitcast(both, kind)
-            builder.store(both, pointer_at(builder, target, kind), align=2)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), generate
+    if not PAIRS:
+        return
+    low, high = (
+        widened_from(builder, offset(builder, source, at), types.float32)
+        for at in (0, 4 * LANES)
+    )
+    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+    both = call(builder, name, BFLOATS, [high, low])
+    kind = ir.VectorType(_SHORT, 2 * LANES)
+    both = builder.bitcast(both, kind)
+    builder.store(both, pointer_at(builder, target, kind), align=2)
 
 
-@intrinsic
-def _bits_at(_context: Any, marks: Any) -> Any:
+@instruction(types.int64, types.int64)
+def _bits_at(builder: Any, marks: Any) -> Any:
     """A bit for each of `WINDOW` bytes from an address on: whether it is not 0."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        kind = ir.VectorType(ir.IntType(8), WINDOW)
-        marks = builder.load(pointer_at(builder, values[0], kind), align=1)
-        marked = builder.icmp_unsigned("!=", marks, ir.Constant(kind, [0] * WINDOW))
-        return builder.zext(builder.bitcast(marked, ir.IntType(WINDOW)), _LONG)
-
-    return types.int64(types.int64), generate
+    kind = ir.VectorType(ir.IntType(8), WINDOW)
+    marks = builder.load(pointer_at(builder, marks, kind), align=1)
+    marked = builder.icmp_unsigned("!=", marks, ir.Constant(kind, [0] * WINDOW))
+    return builder.zext(builder.bitcast(marked, ir.IntType(WINDOW)), _LONG)
 
 
-@intrinsic
-def _number_of(_context: Any, bits: Any) -> Any:
+@instruction(types.int64, types.int64)
+def _number_of(builder: Any, bits: Any) -> Any:
     """How many bits are set."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        return call(builder, "llvm.ctpop.i64", _LONG, [values[0]])
-
-    return types.int64(types.int64), generate
+    return call(builder, "llvm.ctpop.i64", _LONG, [bits])
 
 
 @compiled

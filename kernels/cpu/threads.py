@@ -22,7 +22,7 @@ from llvmlite.binding import ffi
 from numba import cfunc, njit, types
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
-from vllm_avl.kernels.cpu.vectors import LANES
+from vllm_avl.kernels.cpu.vectors import LANES, instruction
 
 _openmp = ctypes.CDLL(None)
 _run = _openmp.GOMP_parallel
@@ -95,15 +95,11 @@ def copy_element(
     return types.void(*[types.int64] * 4, element), generate
 
 
-@intrinsic
-def count_up(_context: Any, address: Any) -> Any:
+@instruction(types.int64, types.int64)
+def count_up(builder: Any, address: Any) -> Any:
     """Add 1 to the int64 at an address, and return what it was; of all threads one."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        pointer = builder.inttoptr(values[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", pointer, ir.IntType(64)(1), "acq_rel")
-
-    return types.int64(types.int64), generate
+    pointer = builder.inttoptr(address, ir.IntType(64).as_pointer())
+    return builder.atomic_rmw("add", pointer, ir.IntType(64)(1), "acq_rel")
 
 
 @cache

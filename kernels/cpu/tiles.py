@@ -13,13 +13,13 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 from vllm_avl.kernels.cpu.threads import compiled, read, write
 from vllm_avl.kernels.cpu.vectors import (
     FLOATS,
     LANES,
     broadcast,
     constant,
+    instruction,
     multiply_add_of,
     narrow_to,
     offset,
@@ -62,6 +62,19 @@ def for_rows(builder: Any, num_rows: Any, build: Callable[[int], None]) -> None:
             build(rows)
             builder.branch(after)
     builder.position_at_end(after)
+
+
+def for_rows_and_columns(
+    builder: Any, num_rows: Any, num_columns: Any, build: Callable[[int, int], None]
+) -> None:
+    """The same, with vectors for `TILE` columns and for half as many."""
+    whole = builder.icmp_signed("==", num_columns, _LONG(TILE))
+    with builder.if_else(whole) as (wide, narrow):
+        with wide:
+            for_rows(builder, num_rows, lambda rows: build(rows, TILE // LANES))
+        with narrow:
+            half = TILE // LANES // 2
+            for_rows(builder, num_rows, lambda rows: build(rows, half))
 
 
 @compiled
@@ -127,9 +140,9 @@ def prefetch_tile(builder: Any, address: Any, element: Any) -> None:
         prefetch_at(builder, offset(builder, address, first))
 
 
-@intrinsic
+@instruction(types.void, None, *[types.int64] * 8)
 def dot_tile(
-    _context: Any,
+    builder: Any,
     element: Any,
     keys: Any,
     key_step: Any,
@@ -139,63 +152,61 @@ def dot_tile(
     num_rows: Any,
     logits: Any,
     ahead: Any,
-) -> Any:
+) -> None:
     """Write the products of some queries with `TILE` keys.
 
     Args:
+        builder: of instructions.
         element: any value of the cache's element type.
-        num_rows: one of `ROWS`.
         keys: address of the first column, `key_step` bytes before the next.
+        key_step: see `keys`.
+        head_size: columns.
         queries: address of fp32 [head_size, rows], lines `query_step` bytes apart.
+        query_step: see `queries`.
+        num_rows: one of `ROWS`.
         logits: address of fp32 [rows, TILE], rows `PART` numbers apart.
         ahead: address of keys to fetch, of the same step.
     """
+    vectors = TILE // LANES
 
-    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        _, keys, key_step, size, queries, query_step, num_rows, logits, ahead = values
-        vectors = TILE // LANES
+    def build(rows: int) -> None:
+        sums = build_sums(builder, rows, vectors)
+        written = [
+            (place, offset(builder, logits, 4 * (row * PART + index * LANES)))
+            for row in range(rows)
+            for index, place in enumerate(sums[row])
+        ]
+        for _, at in written:
+            narrow_to(builder, at, constant(0.0), types.float32)
+        parts = builder.udiv(head_size, _LONG(SUMMED))
+        with cgutils.for_range(builder, parts) as part:
+            first = builder.mul(part.index, _LONG(SUMMED))
+            for place, _ in written:
+                builder.store(constant(0.0), place)
+            with cgutils.for_range(builder, _LONG(SUMMED)) as loop:
+                build_products(rows, sums, builder.add(first, loop.index))
+            for place, at in written:
+                before = widened_from(builder, at, types.float32)
+                total = builder.fadd(before, builder.load(place))
+                narrow_to(builder, at, total, types.float32)
 
-        def build(rows: int) -> None:
-            sums = build_sums(builder, rows, vectors)
-            written = [
-                (place, offset(builder, logits, 4 * (row * PART + index * LANES)))
-                for row in range(rows)
-                for index, place in enumerate(sums[row])
-            ]
-            for _, at in written:
-                narrow_to(builder, at, constant(0.0), types.float32)
-            parts = builder.udiv(size, _LONG(SUMMED))
-            with cgutils.for_range(builder, parts) as part:
-                first = builder.mul(part.index, _LONG(SUMMED))
-                for place, _ in written:
-                    builder.store(constant(0.0), place)
-                with cgutils.for_range(builder, _LONG(SUMMED)) as loop:
-                    build_products(rows, sums, builder.add(first, loop.index))
-                for place, at in written:
-                    before = widened_from(builder, at, types.float32)
-                    total = builder.fadd(before, builder.load(place))
-                    narrow_to(builder, at, total, types.float32)
+    def build_products(rows: int, sums: Any, index: Any) -> None:
+        step = builder.mul(index, key_step)
+        prefetch_tile(builder, builder.add(ahead, step), element)
+        at = builder.add(keys, step)
+        read = vectors_from(builder, at, element, vectors)
+        at = builder.add(queries, builder.mul(index, query_step))
+        factors = [
+            _factor(builder, offset(builder, at, 4 * row)) for row in range(rows)
+        ]
+        _add_products(builder, sums, factors, read)
 
-        def build_products(rows: int, sums: Any, index: Any) -> None:
-            step = builder.mul(index, key_step)
-            prefetch_tile(builder, builder.add(ahead, step), element)
-            at = builder.add(keys, step)
-            read = vectors_from(builder, at, element, vectors)
-            at = builder.add(queries, builder.mul(index, query_step))
-            factors = [
-                _factor(builder, offset(builder, at, 4 * row)) for row in range(rows)
-            ]
-            _add_products(builder, sums, factors, read)
-
-        for_rows(builder, num_rows, build)
-        return context.get_dummy_value()
-
-    return types.void(element, *[types.int64] * 8), generate
+    for_rows(builder, num_rows, build)
 
 
-@intrinsic
+@instruction(types.void, None, *[types.int64] * 8)
 def add_tile(
-    _context: Any,
+    builder: Any,
     element: Any,
     picked: Any,
     num_picked: Any,
@@ -205,58 +216,46 @@ def add_tile(
     num_rows: Any,
     sums: Any,
     sum_step: Any,
-) -> Any:
+) -> None:
     """Add `TILE` columns, or half as many, of picked values to some sums.
 
     Args:
+        builder: of instructions.
         element: any value of the cache's element type.
-        num_rows: one of `ROWS`.
         picked: address of int64 [num_picked + AHEAD, 2]: where a value lies, and bytes
             from its row's first weight to its own.
+        num_picked: how many.
         column: the first.
         num_columns: `TILE`, or half of it.
         weights: address of fp32 [rows, PART].
+        num_rows: one of `ROWS`.
         sums: address of fp32 [rows, head_size], rows `sum_step` bytes apart.
+        sum_step: see `sums`.
     """
-    itemsize = element.bitwidth // 8
+    at_column = builder.mul(column, _LONG(element.bitwidth // 8))
+    outputs = builder.add(sums, builder.mul(column, _LONG(4)))
 
-    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        _, picked, num_picked, column, width, weights, num_rows, outputs, step = values
-        at_column = builder.mul(column, _LONG(itemsize))
-        outputs = builder.add(outputs, builder.mul(column, _LONG(4)))
+    def entry(index: Any, number: int) -> Any:
+        at = builder.add(picked, builder.mul(index, _LONG(16)))
+        return builder.load(pointer_at(builder, offset(builder, at, 8 * number), _LONG))
 
-        def entry(index: Any, number: int) -> Any:
-            at = builder.add(picked, builder.mul(index, _LONG(16)))
-            return builder.load(
-                pointer_at(builder, offset(builder, at, 8 * number), _LONG)
-            )
+    def build(rows: int, vectors: int) -> None:
+        sums = build_sums(builder, rows, vectors)
+        load_sums(builder, sums, outputs, sum_step)
+        with cgutils.for_range(builder, num_picked) as loop:
+            later = entry(builder.add(loop.index, _LONG(AHEAD)), 0)
+            prefetch_tile(builder, builder.add(later, at_column), element)
+            at = builder.add(entry(loop.index, 0), at_column)
+            read = vectors_from(builder, at, element, vectors)
+            at = builder.add(weights, entry(loop.index, 1))
+            factors = [
+                _factor(builder, offset(builder, at, 4 * row * PART))
+                for row in range(rows)
+            ]
+            _add_products(builder, sums, factors, read)
+        store_sums(builder, sums, outputs, sum_step)
 
-        def build(rows: int, vectors: int) -> None:
-            sums = build_sums(builder, rows, vectors)
-            load_sums(builder, sums, outputs, step)
-            with cgutils.for_range(builder, num_picked) as loop:
-                later = entry(builder.add(loop.index, _LONG(AHEAD)), 0)
-                prefetch_tile(builder, builder.add(later, at_column), element)
-                at = builder.add(entry(loop.index, 0), at_column)
-                read = vectors_from(builder, at, element, vectors)
-                at = builder.add(weights, entry(loop.index, 1))
-                factors = [
-                    _factor(builder, offset(builder, at, 4 * row * PART))
-                    for row in range(rows)
-                ]
-                _add_products(builder, sums, factors, read)
-            store_sums(builder, sums, outputs, step)
-
-        whole = builder.icmp_signed("==", width, _LONG(TILE))
-        with builder.if_else(whole) as (wide, narrow):
-            with wide:
-                for_rows(builder, num_rows, lambda rows: build(rows, TILE // LANES))
-            with narrow:
-                half = TILE // LANES // 2
-                for_rows(builder, num_rows, lambda rows: build(rows, half))
-        return context.get_dummy_value()
-
-    return types.void(element, *[types.int64] * 8), generate
+    for_rows_and_columns(builder, num_rows, num_columns, build)
 
 
 @compiled

@@ -9,6 +9,7 @@ that has its bits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import Parameter, Signature
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -221,95 +222,74 @@ def _larger_of(builder: Any, one: Any, other: Any) -> Any:
 # What compiled loops call.
 
 
-def of_one(build: Callable[..., Any]) -> Any:
-    """Make an operation on a vector, which compiled loops can call."""
+def instruction(result: Any, *kinds: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Let compiled loops call what builds instructions.
 
-    def operation(_context: Any, one: Any) -> Any:
-        def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-            return build(builder, *values)
+    Args:
+        result: Numba's type.
+        kinds: Numba's types of the arguments, None for any. In place of such a value
+            the function that builds gets its type.
+    """
 
-        return VECTOR(VECTOR), generate
+    def make(build: Callable[..., Any]) -> Any:
+        def operation(_context: Any, *given: Any) -> Any:
+            def generate(context: Any, builder: Any, _: Any, values: Any) -> Any:
+                pairs = zip(given, values, kinds, strict=True)
+                chosen = [one if kind is None else value for one, value, kind in pairs]
+                made = build(builder, *chosen)
+                return context.get_dummy_value() if result == types.void else made
 
-    return intrinsic(operation)
+            pairs = zip(given, kinds, strict=True)
+            return result(*(kind or one for one, kind in pairs)), generate
+
+        names = ["context", *(f"argument{index}" for index in range(len(kinds)))]
+        # Numba asks how many there are.
+        operation.__signature__ = Signature(  # type: ignore[attr-defined]
+            [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+        )
+        operation.__name__, operation.__doc__ = build.__name__, build.__doc__
+        return intrinsic(operation)
+
+    return make
 
 
-def _of_two(build: Callable[..., Any]) -> Any:
-    def operation(_context: Any, one: Any, other: Any) -> Any:
-        def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-            return build(builder, *values)
-
-        return VECTOR(VECTOR, VECTOR), generate
-
-    return intrinsic(operation)
-
-
+_of_two = instruction(VECTOR, VECTOR, VECTOR)
 add = _of_two(lambda builder, one, other: builder.fadd(one, other))
 subtract = _of_two(lambda builder, one, other: builder.fsub(one, other))
 multiply = _of_two(lambda builder, one, other: builder.fmul(one, other))
 larger = _of_two(_larger_of)
 """The first where it is larger, else the second: NaN in the first is passed over."""
-
-
-@intrinsic
-def multiply_add(_context: Any, one: Any, other: Any, added: Any) -> Any:
-    """One times other plus added."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        return multiply_add_of(builder, *values)
-
-    return VECTOR(VECTOR, VECTOR, VECTOR), generate
-
-
-@intrinsic
-def splat(_context: Any, number: Any) -> Any:
-    """A vector of one fp32 value."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        return broadcast(builder, values[0])
-
-    return VECTOR(types.float32), generate
+multiply_add = instruction(VECTOR, VECTOR, VECTOR, VECTOR)(multiply_add_of)
+splat = instruction(VECTOR, types.float32)(broadcast)
 
 
 def _reduction(name: str, start: list[ir.Constant]) -> Any:
-    def operation(_context: Any, vector: Any) -> Any:
-        def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-            kinds = [value.type for value in start]
-            function = cgutils.get_or_insert_function(
-                builder.module,
-                ir.FunctionType(_FLOAT, [*kinds, FLOATS]),
-                f"llvm.vector.reduce.{name}.v{LANES}f32",
-            )
-            return builder.call(function, [*start, values[0]], fastmath=("reassoc",))
+    def build(builder: Any, vector: Any) -> Any:
+        kinds = [value.type for value in start]
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(_FLOAT, [*kinds, FLOATS]),
+            f"llvm.vector.reduce.{name}.v{LANES}f32",
+        )
+        return builder.call(function, [*start, vector], fastmath=("reassoc",))
 
-        return types.float32(VECTOR), generate
-
-    return intrinsic(operation)
+    return instruction(types.float32, VECTOR)(build)
 
 
 sum_of = _reduction("fadd", [_FLOAT(-0.0)])
 largest_of = _reduction("fmax", [])
 
 
-@intrinsic
-def load(_context: Any, address: Any) -> Any:
+@instruction(VECTOR, types.int64)
+def load(builder: Any, address: Any) -> Any:
     """`LANES` numbers in fp32 from an address on."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        return widened_from(builder, values[0], types.float32)
-
-    return VECTOR(types.int64), generate
+    return widened_from(builder, address, types.float32)
 
 
-@intrinsic
-def store(_context: Any, address: Any, vector: Any) -> Any:
+@instruction(types.void, types.int64, VECTOR)
+def store(builder: Any, address: Any, vector: Any) -> None:
     """Store fp32 from an address on."""
-
-    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        address, vector = values
-        narrow_to(builder, address, vector, types.float32)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, VECTOR), generate
+    narrow_to(builder, address, vector, types.float32)
 
 
 def _each_code(builder: Any, code: Any, build: Callable[[Any], Any]) -> list[Any]:
@@ -328,46 +308,30 @@ def _each_code(builder: Any, code: Any, build: Callable[[Any], Any]) -> list[Any
     return [(constant(0.0), first), *made]
 
 
-@intrinsic
-def load_as(_context: Any, address: Any, code: Any) -> Any:
+@instruction(VECTOR, types.int64, types.int64)
+def load_as(builder: Any, address: Any, code: Any) -> Any:
     """`LANES` elements from an address on, of the dtype with a code, as fp32."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        made = _each_code(
-            builder,
-            values[1],
-            lambda element: widened_from(builder, values[0], element),
-        )
-        result = builder.phi(FLOATS)
-        for value, block in made:
-            result.add_incoming(value, block)
-        return result
-
-    return VECTOR(types.int64, types.int64), generate
+    made = _each_code(
+        builder, code, lambda element: widened_from(builder, address, element)
+    )
+    result = builder.phi(FLOATS)
+    for value, block in made:
+        result.add_incoming(value, block)
+    return result
 
 
-@intrinsic
-def store_as(_context: Any, address: Any, vector: Any, code: Any) -> Any:
+@instruction(types.void, types.int64, VECTOR, types.int64)
+def store_as(builder: Any, address: Any, vector: Any, code: Any) -> None:
     """Store elements of the dtype with a code, rounded to the nearest."""
-
-    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        address, vector, code = values
-        _each_code(
-            builder, code, lambda element: narrow_to(builder, address, vector, element)
-        )
-        return context.get_dummy_value()
-
-    return types.void(types.int64, VECTOR, types.int64), generate
+    _each_code(
+        builder, code, lambda element: narrow_to(builder, address, vector, element)
+    )
 
 
-@intrinsic
-def keep_marked(_context: Any, marks: Any, vector: Any) -> Any:
+@instruction(VECTOR, types.int64, VECTOR)
+def keep_marked(builder: Any, marks: Any, vector: Any) -> Any:
     """A vector with -inf where the byte at address `marks` is 0."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        kind = ir.VectorType(_BYTE, LANES)
-        marks = builder.load(pointer_at(builder, values[0], kind), align=1)
-        marked = builder.icmp_unsigned("!=", marks, ir.Constant(kind, [0] * LANES))
-        return builder.select(marked, values[1], constant(float("-inf")))
-
-    return VECTOR(types.int64, VECTOR), generate
+    kind = ir.VectorType(_BYTE, LANES)
+    marks = builder.load(pointer_at(builder, marks, kind), align=1)
+    marked = builder.icmp_unsigned("!=", marks, ir.Constant(kind, [0] * LANES))
+    return builder.select(marked, vector, constant(float("-inf")))
