@@ -24,6 +24,7 @@ ASKS = [
     Ask((2,), "Why? " * 9, 24, (("avl_core_ratio", 0.2),)),
     Ask((3,), "And the rest of it?", 40, (("avl_text_keep_ratio", 0.3),)),
     Ask((1,), "What do you see?", 24, (("avl_store_ratio", 0.2),)),
+    Ask((1, 2), "All of it?", 16, (("avl_store_ratio", 1), ("avl_core_ratio", 0.2))),
     Ask((), "No picture at all, and more than a block of text around it.", 8),
 ]
 
@@ -151,17 +152,25 @@ def test_beside_sliding_windows(tmp_path, monkeypatch):
         assert worker.avl_report(worker.avl_requests()[-1]).num_blocks_freed > 0
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_random_company_in_a_short_pool(checkpoint, fresh, monkeypatch, seed):
+@pytest.mark.parametrize("copies_shared", [False, True], ids=["cpu", "as-on-cuda"])
+@pytest.mark.parametrize("seed", range(4))
+def test_random_company_in_a_short_pool(
+    checkpoint, fresh, monkeypatch, seed, copies_shared
+):
     install(monkeypatch)
     choose = random.Random(seed)
     monkeypatch.setattr(LateCopies, "random", choose)
+    # Where a prompt and its copies find no room, it is served as stock.
+    num_blocks = [70, 110] if copies_shared else [50, 90]
     with serving(
         checkpoint,
         num_host_blocks=choose.choice([100, 400]),
-        kv_cache_memory_bytes=choose.choice([50, 90]) * BYTES_A_BLOCK,
+        kv_cache_memory_bytes=choose.choice(num_blocks) * BYTES_A_BLOCK,
         max_model_len=1472,
+        # A prompt's blocks are copied while it goes on.
+        long_prefill_token_threshold=choose.choice([0, 320]),
     ) as engine:
+        engine.scheduler._avl_manager.copies_shared = copies_shared
         waiting, running = [], {}
         for turn in range(60):
             if turn < 40 and choose.random() < 0.4:

@@ -121,6 +121,19 @@ class AVLManager(FullAttentionManager):
                 self._take_private(name, self._num_lacking(name, ()))
         return new
 
+    def choose_targets(self) -> None:
+        """Say where kept rows go, of the prompts that end in the scheduled step.
+
+        Call before others than requests hold blocks: a KV connector that copies a block
+        shares it with nobody.
+        """
+        for request_id in self._ending:
+            known = self.adapted[request_id]
+            if known.targets is None:
+                if self._shares(known):
+                    known.plan = replace(known.plan, shares=True)
+                known.targets = self._choose_targets(request_id)
+
     def take_compactions(self, scheduled: dict[str, int]) -> dict[str, Compaction]:
         """Return what workers are told of the prompts that end in the scheduled step.
 
@@ -133,20 +146,19 @@ class AVLManager(FullAttentionManager):
             RuntimeError: a chunk crosses its prompt's end, or kept rows would overwrite
                 what others read.
         """
+        self.choose_targets()
         compactions = {}
         for request_id in self._ending:
             known = self.adapted[request_id]
             computed = known.request.num_computed_tokens
             if request_id not in scheduled or computed != known.plan.num_prompt_tokens:
                 raise RuntimeError(f"{request_id}: a chunk crossed the prompt's end")
-            if self._shares(known):
-                known.plan = replace(known.plan, shares=True)
-            known.targets = self._choose_targets(request_id)
-            plan = known.plan
+            plan, targets = known.plan, known.targets
+            assert targets is not None
             num_private = len(known.private)
             compactions[request_id] = Compaction(
                 plan,
-                tuple(block.block_id for block in known.targets),
+                tuple(block.block_id for block in targets),
                 in_place=plan.moves_rows and num_private < plan.num_stored_blocks,
                 num_copied=0 if plan.moves_rows else num_private,
             )

@@ -14,7 +14,10 @@ from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+)
 from vllm.platforms import current_platform
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -69,6 +72,7 @@ class _Adaptive(Scheduler):
         manager.writes_prompts = self.connector is None
         if self.connector is not None:
             limit_external_hits(self.connector, self._limited)
+            choose_targets_before(self.connector, manager)
         # Rows of a picture that attend to all of it do not score.
         self._avl_whole_pictures = (
             self.scheduler_config.disable_chunked_mm_input
@@ -286,6 +290,20 @@ def limit_external_hits(
 
     connector.get_num_new_matched_tokens = (  # type: ignore[method-assign]
         get_num_new_matched_tokens
+    )
+
+
+def choose_targets_before(connector: KVConnectorBase_V1, manager: AVLManager) -> None:
+    """Let kept rows have their blocks before a connector holds some that it copies."""
+    original = connector.build_connector_meta
+
+    @functools.wraps(original)
+    def build_connector_meta(output: SchedulerOutput) -> KVConnectorMetadata:
+        manager.choose_targets()
+        return original(output)
+
+    connector.build_connector_meta = (  # type: ignore[method-assign]
+        build_connector_meta
     )
 
 
