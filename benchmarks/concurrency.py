@@ -19,19 +19,15 @@ from benchmarks.engines import (
     STOCK,
     STOCK_AND_AVL,
     Request,
-    Run,
     check_identity,
-    counts,
-    gains,
-    median,
     requests,
     shortened,
     started,
     store,
-    tokens_per_second,
 )
 from benchmarks.harness import Benchmark, Report, main, model_size, take_turns
 from benchmarks.plots import draw_concurrency
+from benchmarks.runs import Run, counts, gains, median, tokens_per_second
 from benchmarks.testing.models import ModelSize
 
 SIZE = ModelSize(

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from benchmarks.engines import Engine, Request, Run
+from benchmarks.engines import Engine, Request
+from benchmarks.runs import Run
 from benchmarks.testing import models
 
 QUESTIONS = (

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.engines import Run
+from benchmarks.runs import Run
 
 
 @dataclass

@@ -27,7 +27,6 @@ from benchmarks.engines import (
     STOCK,
     Engine,
     Request,
-    Run,
     requests,
     run_together,
     started,
@@ -35,6 +34,7 @@ from benchmarks.engines import (
 from benchmarks.harness import Benchmark, Report, main, model_size
 from benchmarks.plots import draw_host_time
 from benchmarks.report import ratios, spread
+from benchmarks.runs import Run
 from benchmarks.testing.models import ModelSize
 
 SIZE = ModelSize(

@@ -16,15 +16,9 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks import checkpoints
-from benchmarks.engines import (
-    Run,
-    gains,
-    requests,
-    run_together,
-    started,
-    tokens_per_second,
-)
+from benchmarks.engines import requests, run_together, started
 from benchmarks.harness import Benchmark, Report, main, model_size
+from benchmarks.runs import Run, gains, tokens_per_second
 from benchmarks.testing.models import ModelSize
 
 PRESSURE = {"engage": "pressure"}

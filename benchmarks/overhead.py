@@ -19,7 +19,6 @@ from benchmarks.engines import (
     AVL,
     Engine,
     Request,
-    Run,
     check_identity,
     requests,
     shortened,
@@ -28,6 +27,7 @@ from benchmarks.engines import (
 )
 from benchmarks.harness import Benchmark, Report, main, model_size, take_turns
 from benchmarks.report import ratios, spread
+from benchmarks.runs import Run
 from benchmarks.testing.models import ModelSize
 
 SAME, SHIPPED = "stock, same block size", "stock, shipped"

@@ -8,8 +8,8 @@ from typing import Any
 
 from matplotlib import pyplot
 
-from benchmarks.engines import Run
 from benchmarks.figures import save
+from benchmarks.runs import Run
 
 
 def draw_concurrency(runs: Mapping[str, Run], file: Path) -> None:

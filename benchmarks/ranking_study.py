@@ -20,7 +20,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.accuracy import VALIDATION, interval
-from benchmarks.report import RESULTS, append_rows, machine, print_heading, print_table
+from benchmarks.harness import Benchmark, Report, main
+from benchmarks.report import append_rows
 from benchmarks.scoring.cells import DOWNSAMPLE
 from benchmarks.scoring.eager import Kept, Model, Prompt
 from benchmarks.scoring.pictures import shrunk
@@ -90,9 +91,8 @@ class Variant:
         return make_plan(prompt.num_tokens, ranges, BLOCK_SIZE, config)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Answer with each variant, and print what it scores."""
-    args = parse(argv)
+def measure(args: argparse.Namespace, report: Report) -> None:
+    """Answer with each variant, and report what it scores."""
     model = Model(args.model)
     variants = list(make_variants(args))
     num_answers = len(args.tasks) * len(variants) * args.count
@@ -100,19 +100,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tqdm(total=num_answers, unit="answer", disable=None) as progress:
         for task in args.tasks:
             progress.set_description(task)
-            found = measure(args, model, task, variants, progress)
-            append_rows(args.results / "ranking.csv", found)
+            found = answer(args, model, task, variants, progress)
+            if not args.quick:
+                # Which machine computes does not matter to what is right.
+                append_rows(args.results / "ranking.csv", found)
             rows += found
     asked = {"first": args.first, "questions": args.count}
-    print_heading("Scores by what is kept", {**machine(), **asked})
-    print_table(tabulate(rows))
+    report.show("Scores by what is kept", asked, tabulate(rows))
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare what is asked and tried."""
     add = parser.add_argument
     names = [name for name in POLICIES if name != FULL]
     add("--model", type=Path, default=WEIGHTS, help="folder of the checkpoint")
@@ -129,13 +127,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--count", type=int, default=100, help="questions of each task")
     add("--tune", action="store_true", help="ask questions of the validation split")
-    add("--quick", action="store_true", help="4 questions, S = 0.2")
-    add("--results", type=Path, default=RESULTS, help="folder of ranking.csv")
-    args = parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Say which question comes first."""
     args.first = VALIDATION if args.tune else 0
-    if args.quick:
-        args.count, args.ratios = 4, [0.2]
-    return args
 
 
 def make_variants(args: argparse.Namespace) -> Iterator[Variant]:
@@ -152,7 +148,7 @@ def make_variants(args: argparse.Namespace) -> Iterator[Variant]:
                     yield Variant(name, ratio, heads, tuple(args.budgets))
 
 
-def measure(
+def answer(
     args: argparse.Namespace,
     model: Model,
     task: str,
@@ -225,14 +221,14 @@ def score(
     reduce = torch.amax if variant.heads == "max" else torch.sum
     by_head = prompt.attention(layer, plan.num_scoring_rows)[:, ranked]
     splits = policy.per_head or policy.reads_rows
-    paid = by_head if splits else reduce(by_head, 0, keepdim=True)
+    weights = by_head if splits else reduce(by_head, 0, keepdim=True)
     num_kept = len(ranked) - plan.num_evicted_rows
     view = TokenView(
         positions=ranked,
-        attention=paid,
+        attention=weights,
         sums=by_head if policy.keeps_sums else None,
-        held=torch.ones_like(paid, dtype=torch.bool),
-        num_kept=torch.full((len(paid), 1), num_kept),
+        held=torch.ones_like(weights, dtype=torch.bool),
+        num_kept=torch.full((len(weights), 1), num_kept),
         num_scoring_rows=plan.num_scoring_rows,
         layer=layer,
         num_computed=prompt.num_tokens,
@@ -277,5 +273,8 @@ def tabulate(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
     return list(lines.values())
 
 
+QUICK = {"count": 4, "ratios": [0.2]}
+BENCHMARK = Benchmark(__doc__, measure, add_options, {"quick": QUICK}, check)
+
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK)

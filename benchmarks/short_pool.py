@@ -8,17 +8,9 @@ from dataclasses import dataclass, replace
 from PIL import Image
 
 from benchmarks.conversation import Pictures, begin, following, questions
-from benchmarks.engines import (
-    AVL,
-    STOCK,
-    Engine,
-    Run,
-    counts,
-    gains,
-    median,
-    tokens_per_second,
-)
+from benchmarks.engines import AVL, STOCK, Engine
 from benchmarks.harness import take_turns
+from benchmarks.runs import Run, counts, gains, median, tokens_per_second
 
 Runs = dict[str, list[Run]]
 Images = Sequence[list[Image.Image]]

@@ -19,10 +19,16 @@ from tqdm import tqdm
 
 from benchmarks import checkpoints, short_pool
 from benchmarks.conversation import Pictures, ask, begin, longest
-from benchmarks.engines import AVL, STOCK, Engine, Run, median, started
+from benchmarks.engines import (
+    AVL,
+    STOCK,
+    Engine,
+    started,
+)
 from benchmarks.harness import Benchmark, Report, main, model_size, rotated
 from benchmarks.plots import draw_turns
 from benchmarks.report import ratios, spread
+from benchmarks.runs import Run, median
 from benchmarks.short_pool import Load
 from benchmarks.testing.models import ModelSize
 

@@ -98,10 +98,10 @@ class Model:
         found = []
         for layer in self.text.layers:
             query, key, value = self._project(layer, states, rotation)
-            paid = torch.nn.functional.scaled_dot_product_attention(
+            attended = torch.nn.functional.scaled_dot_product_attention(
                 query, key, value, is_causal=True
             )
-            states = self._finish(layer, states, paid)
+            states = self._finish(layer, states, attended)
             found.append((key[0], value[0], query[0, :, -NUM_QUERIES:]))
         keys, values, queries = (torch.stack(rows) for rows in zip(*found, strict=True))
         (first,) = self._next(states)
@@ -141,8 +141,8 @@ class Model:
                     key[:, :, 0],
                     value[:, :, 0],
                 )
-                paid = attention(query, keys[:, :, :end], hidden[..., :end])
-                states = self._finish(layer, states, paid @ values[:, :, :end])
+                attended = attention(query, keys[:, :, :end], hidden[..., :end])
+                states = self._finish(layer, states, attended @ values[:, :, :end])
             tokens = self._next(states).masked_fill(done, self.eos)
             done |= tokens == self.eos
             given.append(tokens)
@@ -160,9 +160,9 @@ class Model:
         return *apply_rotary_pos_emb(query, key, *rotation), value
 
     def _finish(
-        self, layer: Any, states: torch.Tensor, paid: torch.Tensor
+        self, layer: Any, states: torch.Tensor, attended: torch.Tensor
     ) -> torch.Tensor:
-        states = states + layer.self_attn.o_proj(paid.transpose(1, 2).flatten(2))
+        states = states + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
         return states + layer.mlp(layer.post_attention_layernorm(states))
 
     def _next(self, states: torch.Tensor) -> torch.Tensor:

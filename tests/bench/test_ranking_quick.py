@@ -9,12 +9,12 @@ import preloaded
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "ranking_study.py"
 OPTIONS = (
     *("--tasks", "ocr", "--policies", "avl", "streaming", "mixkv", "downsample"),
-    *("--budgets", "0.5", "0.5", "1", "2"),
+    *("--budgets", "0.5", "0.5", "1", "2", "--count", "4", "--ratios", "0.2"),
 )
 
 
 def test_quick(tmp_path):
-    command = [sys.executable, SCRIPT, "--quick", *OPTIONS, "--results", tmp_path]
+    command = [sys.executable, SCRIPT, *OPTIONS, "--results", tmp_path]
     result = preloaded.run([*map(str, command)], 500)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "| heads " in result.stdout

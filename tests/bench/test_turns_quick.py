@@ -8,7 +8,7 @@ import preloaded
 import pytest
 from printed_tables import printed_tables
 
-from benchmarks import conversation, engines, short_pool, turns
+from benchmarks import conversation, runs, short_pool, turns
 from benchmarks.testing.models.tokens import make_tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "turns.py"
@@ -118,7 +118,7 @@ def fake_engine(tokens, pool_use, tokens_when_off=None):
         answer = (tokens_when_off if xargs else None) or tokens
         names = [str(index) for index, _ in enumerate(workload)]
         lengths = [request.prompt_tokens for request in workload]
-        return engines.Run(
+        return runs.Run(
             outputs=dict.fromkeys(names, answer),
             prompt_tokens=dict(zip(names, lengths, strict=True)),
             pool_use=[pool_use],

@@ -2,14 +2,8 @@
 
 import pytest
 import torch
-from vllm_avl.kernels.cuda import (
-    copy_rows,
-    select_core,
-    selected_attention,
-    selected_rows,
-    splits,
-    vision_scores,
-)
+from served import MODULES
+from vllm_avl.kernels.cuda import selected_rows, splits
 
 from benchmarks.testing.interpreted import interpreted
 from vllm_avl.worker.cuda.cache import CUDACache, Scales
@@ -20,19 +14,11 @@ FP8 = torch.float8_e4m3fn
 BLOCK_SIZE, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, NUM_BLOCKS = 16, 4, 2, 32, 12
 NUM_TOKENS, SCALE = 70, 0.3
 SCALES = Scales(*(torch.tensor(scale) for scale in (0.25, 0.5, 3.0)))
-MODULES = (
-    copy_rows,
-    select_core,
-    selected_attention,
-    selected_rows,
-    splits,
-    vision_scores,
-)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _kernels():
-    with interpreted(*MODULES):
+    with interpreted(*MODULES, selected_rows, splits):
         yield
 
 

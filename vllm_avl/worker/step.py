@@ -109,7 +109,6 @@ class WorkerRequests:
             row_ids: request ids in the order of the batch's rows.
             drafts: of the step's tokens, those that may be rejected.
         """
-        drafts = drafts or {}
         seat_of = self._seat_of
         names = [name for name in scheduled if name in seat_of] if seat_of else ()
         if not names:
@@ -121,7 +120,9 @@ class WorkerRequests:
             np.array([seat_of[name] for name in names], np.int64),
             before,
             before + np.array([scheduled[name] for name in names], np.int64),
-            np.array([drafts.get(name, 0) for name in names], np.int64),
+            np.array([drafts.get(name, 0) for name in names], np.int64)
+            if drafts
+            else np.zeros(len(names), np.int64),
             row_ids,
         )
 
