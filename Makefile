@@ -17,7 +17,7 @@ help:
 	@echo "make serve  the same server, left running on port 8000"
 	@echo "make test   the whole test suite (what CI runs)"
 	@echo "make test-quick  what needs no server, in a few minutes"
-	@echo "make compat VLLM=0.33.0  the engine's tests on another vLLM's Python, in .compat"
+	@echo "make compat VLLM=0.33.0  the engine's and the stand-in's tests on another vLLM's Python"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  benchmarks/concurrency.py with its defaults"
 
@@ -38,7 +38,7 @@ test-quick: setup
 
 compat: setup
 	@python=$$($(PYTHON_BIN) deploy/cpu/compat.py $(VLLM)) && \
-	$$python -m pytest $(WORKERS) tests/compat tests/engine
+	$$python -m pytest $(WORKERS) tests/compat tests/engine tests/standin
 
 lint: setup
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy

@@ -117,7 +117,7 @@ def count(steps: Steps) -> None:
     step = current_step()
     if step is None:
         return
-    rows = step.rows(None)
+    rows = step.rows()
     ours = rows.is_attended
     steps.num_scoring[-1] = int(rows.refreshes.sum())
     num_stored = (

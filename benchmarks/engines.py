@@ -93,8 +93,13 @@ class Engine:
         threads: int,
         max_num_batched_tokens: int = 4096,
         collects_stats: bool = False,
+        host_bytes: int = 0,
     ) -> None:
-        """Start it; `settings` are the plug-in's, None is stock."""
+        """Start it; `settings` are the plug-in's, None is stock.
+
+        `host_bytes` are for blocks that are copied to the host, where vLLM's own
+        offloading finds them when the pool has others in their place.
+        """
         from benchmarks.testing import engine
 
         torch.set_num_threads(threads)
@@ -108,7 +113,10 @@ class Engine:
             max_model_len=max_model_len,
             max_num_batched_tokens=max_num_batched_tokens,
             disable_log_stats=not collects_stats,
+            kv_transfer_config=_offloading(host_bytes) if host_bytes else None,
         )
+        # A process has one connector for its worker: each engine's in turn.
+        self._connector = _connect(None)
         self._engine = self._inside.llm.llm_engine
         self._count = 0
 
@@ -169,11 +177,25 @@ class Engine:
             options: of `steps`.
         """
         steps = self.steps(workload, xargs, **options)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                return end.value
+        with self._connected():
+            while True:
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    return end.value
+
+    def flush(self) -> None:
+        """Let the pool forget all prompts, once the host has what it stores of them."""
+        with self._connected():
+            while self._inside.scheduler.has_requests():
+                self._engine.step()
+        self._engine.reset_prefix_cache()
+
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        _connect(self._connector)
+        yield
+        _connect(None)
 
     def steps(
         self,
@@ -228,6 +250,8 @@ class Engine:
     def close(self) -> None:
         """Shut the engine down and give its memory back."""
         self._inside.shutdown()
+        if self._connector is not None:
+            self._connector.shutdown()
         del self._inside, self._engine
         gc.collect()
 
@@ -251,6 +275,37 @@ class Engine:
         request_id = str(self._count)
         self._engine.add_request(request_id, prompt, params)
         return request_id
+
+
+def _connect(connector: Any) -> Any:
+    """Let this process's worker have another KV connector; return the one it had."""
+    from vllm.distributed.kv_transfer import kv_transfer_state
+
+    had = kv_transfer_state._KV_CONNECTOR_AGENT
+    kv_transfer_state._KV_CONNECTOR_AGENT = connector
+    return had
+
+
+def _offloading(host_bytes: int) -> Any:
+    """Return what vLLM makes of `--kv-offloading-size`.
+
+    Without a GPU what vLLM asks of one is done here, at once.
+    """
+    from vllm.config import KVTransferConfig
+    from vllm.platforms import current_platform
+
+    from vllm_avl.support import OFFLOADING
+
+    if current_platform.is_cpu():
+        # Its import takes CUDA's events away.
+        from benchmarks.testing import late_copies
+
+        late_copies.install()
+    return KVTransferConfig(
+        kv_connector=OFFLOADING,
+        kv_role="kv_both",
+        kv_connector_extra_config={"cpu_bytes_to_use": host_bytes},
+    )
 
 
 @contextmanager

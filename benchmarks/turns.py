@@ -3,22 +3,25 @@
 `turns` asks one request at a time: a turn's prompt is the whole chat so far, and the
 time to its first token is what the prefix cache did not save. Stock and `avl` answer
 the turns of the same chats in turn. TTFT counts from adding the request, which resizes
-the pictures in this process; `steps_ratio` is of the engine's steps alone. `chats` has
-several chats at once in a pool that is short, each asking on as soon as it is answered.
-`questions` has many different questions about the same pictures, which were asked about
-before, in a pool that is shorter still. Answers are greedy and of one length.
+the pictures in this process; `steps_ratio` is of the engine's steps alone.
+`offloaded` does the same where the pool has forgotten the chat before each later turn,
+and the host's memory has it: vLLM's offloading, whose copies are made without a GPU.
+`chats` has several chats at once in a pool that is short, each asking on as soon as it
+is answered. `questions` has many different questions about the same pictures, which
+were asked about before, in a pool that is shorter still. Answers are greedy and of one
+length.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
 from benchmarks import checkpoints, short_pool
-from benchmarks.conversation import Pictures, ask, begin, longest
+from benchmarks.conversation import Chat, Pictures, ask, begin, longest
 from benchmarks.engines import (
     AVL,
     STOCK,
@@ -53,6 +56,8 @@ def measure(args: argparse.Namespace, report: Report) -> None:
     pictures = Pictures(args.seed)
     if args.images:
         report_turns(model, pictures, args, report)
+    if args.offloaded:
+        report_turns(model, pictures, args, report, forgets=True)
     loads = [("chats", args.chats, pool) for pool in args.pool_requests]
     for load in [*loads, ("questions", args.questions, args.question_pool)]:
         if load[1]:
@@ -70,8 +75,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=[1, 4],
         help="pictures of a chat in `turns`, 576 tokens each; none leaves it out",
     )
+    add(
+        "--offloaded",
+        type=int,
+        nargs="*",
+        default=[1, 4],
+        help="the same of `offloaded`; none leaves it out",
+    )
     add("--turns", type=int, default=3, help="of every chat")
-    add("--output-tokens", type=int, default=16, help="of an answer in `turns`")
+    add("--output-tokens", type=int, default=16, help="of an answer in the first two")
     add("--chats", type=int, default=8, help="at once in `chats`; 0 leaves it out")
     add("--questions", type=int, default=16, help="in `questions`; 0 leaves it out")
     add("--pool-images", type=int, default=4, help="pictures in the last two parts")
@@ -102,7 +114,11 @@ def check_ratio(args: argparse.Namespace) -> None:
 
 @contextmanager
 def both(
-    model: checkpoints.Model, pool_tokens: int, length: int, args: argparse.Namespace
+    model: checkpoints.Model,
+    pool_tokens: int,
+    length: int,
+    args: argparse.Namespace,
+    host_tokens: int = 0,
 ) -> Iterator[Engines]:
     """Start stock and `avl` with the same options; avl's settings are its defaults."""
     ratio = args.store_ratio
@@ -116,6 +132,7 @@ def both(
         max_num_seqs=max(args.chats, args.questions, 1),
         max_model_len=length + args.block_size,
         threads=args.threads,
+        host_bytes=host_tokens * model.bytes_per_token,
     ) as engines:
         for name, engine in engines.items():
             print(f"{name}: {engine.describe()}")
@@ -124,18 +141,27 @@ def both(
         yield engines
 
 
-def check(engines: Engines, pictures: Pictures, args: argparse.Namespace) -> None:
+def check(
+    engines: Engines,
+    pictures: Pictures,
+    counts: Sequence[int],
+    forgets: bool,
+    args: argparse.Namespace,
+) -> None:
     """Refuse to time anything unless `avl: 0` is stock in every turn, and S is not.
 
     Tokens and hits must be the same, and by its defaults `avl` must hold fewer blocks.
+    Later turns must find the chat, in the pool or on the host.
     """
-    for num_images in args.images or [args.pool_images]:
+    for num_images in counts:
         images = pictures.take(num_images)
         runs = {}
         for name, xargs in ((STOCK, None), (AVL, {"avl": 0}), ("adaptive", None)):
             chat = begin(images, args.output_tokens)
             engine = engines[STOCK if name == STOCK else AVL]
-            runs[name] = [ask(engine, chat, xargs)[0] for _ in range(args.turns)]
+            runs[name] = [
+                next_turn(engine, chat, forgets, xargs) for _ in range(args.turns)
+            ]
         for turn, (stock, off, adaptive) in enumerate(zip(*runs.values(), strict=True)):
             where = f"turn {turn + 1} with {num_images} pictures"
             pairs = zip(stock.outputs.values(), off.outputs.values(), strict=True)
@@ -143,9 +169,23 @@ def check(engines: Engines, pictures: Pictures, args: argparse.Namespace) -> Non
                 raise SystemExit(f"{where}: `avl: 0` and stock give different tokens")
             if not adaptive.holds_less_than(stock):
                 raise SystemExit(f"{where}: avl holds as many blocks as stock")
+            if turn and not all(map(hits, (stock, off, adaptive))):
+                raise SystemExit(f"{where}: the chat is found nowhere")
     print(
         f"checked: `avl: 0` gives stock's tokens in {args.turns} turns; avl holds less"
     )
+
+
+def next_turn(
+    engine: Engine,
+    chat: Chat,
+    forgets: bool,
+    xargs: dict[str, float] | None = None,
+) -> Run:
+    """Have the next turn answered; `forgets` as in `report_turns`."""
+    if forgets and chat.turn > 1:
+        engine.flush()
+    return ask(engine, chat, xargs)[0]
 
 
 def report_turns(
@@ -153,12 +193,22 @@ def report_turns(
     pictures: Pictures,
     args: argparse.Namespace,
     report: Report,
+    forgets: bool = False,
 ) -> None:
-    """Measure one turn at a time."""
-    length = longest(max(args.images), args.turns, args.output_tokens)
-    with both(model, 2 * length, length, args) as engines:
-        check(engines, pictures, args)
-        turns = measure_turns(engines, pictures, args)
+    """Measure one turn at a time.
+
+    Args:
+        model: served.
+        pictures: to ask about.
+        args: from the command line.
+        report: takes the rows.
+        forgets: whether only the host has a chat when its next turn comes.
+    """
+    counts = args.offloaded if forgets else args.images
+    length = longest(max(counts), args.turns, args.output_tokens)
+    with both(model, 2 * length, length, args, 4 * length * forgets) as engines:
+        check(engines, pictures, counts, forgets, args)
+        turns = measure_turns(engines, pictures, counts, forgets, args)
         rows = summarize_turns(turns, engines[STOCK])
         settings = {
             "model": model.describe(),
@@ -170,19 +220,26 @@ def report_turns(
     # Percentiles of all but the ratio, and CPU ratios, are in the CSV alone.
     hidden = r"^(?!ratio).*(_p\d\d$|cpu)"
     title = "A turn of a chat, one request at a time"
-    report.add("turns", title, settings, rows, hidden)
-    report.draw("turns", draw_turns, rows)
+    name = "offloaded" if forgets else "turns"
+    if forgets:
+        title += ", found on the host"
+    report.add(name, title, settings, rows, hidden)
+    report.draw(name, draw_turns, rows)
 
 
 def measure_turns(
-    engines: Engines, pictures: Pictures, args: argparse.Namespace
+    engines: Engines,
+    pictures: Pictures,
+    counts: Sequence[int],
+    forgets: bool,
+    args: argparse.Namespace,
 ) -> Turns:
     """Hold chats about fresh pictures, every turn on each engine in turn."""
     turns: Turns = {}
-    total = args.repeats * len(args.images) * args.turns * len(engines)
+    total = args.repeats * len(counts) * args.turns * len(engines)
     with tqdm(total=total, unit="turn", disable=None) as progress:
         for repeat in range(args.repeats):
-            for num_images in args.images:
+            for num_images in counts:
                 images = pictures.take(num_images)
                 chats = {name: begin(images, args.output_tokens) for name in engines}
                 for turn in range(1, args.turns + 1):
@@ -191,7 +248,9 @@ def measure_turns(
                     )
                     for name in rotated(list(engines), repeat + turn):
                         progress.set_description(f"{num_images} pictures, {name}")
-                        runs[name].append(ask(engines[name], chats[name])[0])
+                        runs[name].append(
+                            next_turn(engines[name], chats[name], forgets)
+                        )
                         progress.update()
     return turns
 
@@ -284,7 +343,14 @@ def report_together(
 
 
 QUICK = {
-    **{"images": [1], "output_tokens": 8, "repeats": 2, "chats": 3, "questions": 4},
+    **{
+        "images": [1],
+        "offloaded": [1],
+        "output_tokens": 8,
+        "repeats": 2,
+        "chats": 3,
+        "questions": 4,
+    },
     **{"pool_images": 1, "pool_output_tokens": 12, "pool_requests": [2.2]},
     **{"num_layers": 2, "hidden_size": 128, "num_heads": 2, "num_kv_heads": 2},
 }

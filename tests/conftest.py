@@ -29,6 +29,8 @@ LONGEST = (
     *("engine/test_integrity.py", "engine/test_drafts.py", "worker/test_layer.py"),
     *("engine/test_drafted_core.py", "standin/test_fp8_cache.py"),
     *("standin/test_drafter.py", "standin/test_both_directions.py"),
+    *("standin/test_recurrent.py", "standin/test_drafted_core.py"),
+    *("standin/test_families_on_cuda.py", "engine/test_nixl.py"),
     *("bundled/test_weights.py", "soak/test_soak.py", "bench/test_quick.py"),
     *("bundled/test_small.py", "e2e/test_demo.py", "e2e/test_endpoints.py"),
 )

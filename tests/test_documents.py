@@ -112,3 +112,14 @@ def test_names_in_documents_exist(document, words):
     prose = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
     names = {name.removeprefix(PREFIX) for name in NAME.findall(prose)}
     assert not names - words
+
+
+def test_every_feature_that_is_claimed_or_refused_names_its_test():
+    rows = (ROOT / "README.md").read_text().split("| feature |")[1].split("\n\n")[0]
+    named = {}
+    for row in rows.splitlines()[2:]:
+        feature, cpu, cuda, how = (cell.strip() for cell in row.split("|")[1:-1])
+        if any(cell.startswith(("works", "refused")) for cell in (cpu, cuda)):
+            named[feature] = re.findall(r"`tests/\w+/(test_\w+)\.py`", how)
+    assert len(named) > 15
+    assert all(named.values()), [feature for feature in named if not named[feature]]

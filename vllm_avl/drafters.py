@@ -10,9 +10,13 @@ from vllm_avl.support import BACKEND, NAME, WAY_OUT, UnsupportedError
 CACHELESS_DRAFTERS = ("ngram", "ngram_gpu", "suffix", "medusa", "custom_class")
 """Methods of speculative decoding that draft without a KV cache of their own."""
 ADAPTED_DRAFTERS = ("eagle", "eagle3", "mtp", "draft_model")
-"""Methods whose own layers are adapted like the model's, on a CPU."""
-ADAPTED_ON_CUDA = ("eagle", "eagle3")
-"""Of these, which were run on CUDA's code path, too."""
+"""Methods whose own layers are adapted like the model's."""
+READ_LESS = ("ngram", "suffix", "medusa", "custom_class")
+"""Methods beside which steps may read a part of what is stored, unless some are in
+flight: then nobody knows on the host how many drafts were accepted.
+
+Of others own layers would choose core between two passes of a step.
+"""
 MTP_MODELS = ("GlmOcrMTPModel",)
 """Architectures of multi-token prediction that were run beside us."""
 
@@ -23,14 +27,18 @@ def check_drafts(vllm_config: Any, avl_config: AVLConfig) -> None:
     if drafts is None:
         return
     device_type = vllm_config.device_config.device_type
-    adapted = ADAPTED_DRAFTERS if device_type == "cpu" else ADAPTED_ON_CUDA
-    methods = CACHELESS_DRAFTERS + adapted
+    methods = CACHELESS_DRAFTERS + ADAPTED_DRAFTERS
     if drafts.method not in methods:
         raise UnsupportedError(
-            f"{BACKEND} does not support speculative decoding by {drafts.method!r} on "
-            f"{device_type} devices, where it has a KV cache of its own or is untried; "
+            f"{BACKEND} does not support speculative decoding by {drafts.method!r}, "
+            f"which has a KV cache of its own or is untried; "
             f"let the method in --speculative-config be {', '.join(methods[:-1])} or "
             f"{methods[-1]}, {WAY_OUT}"
+        )
+    if vllm_config.model_config.is_hybrid and device_type != "cpu":
+        raise UnsupportedError(
+            f"{BACKEND} does not support speculative decoding beside recurrent layers "
+            f"on {device_type} devices; drop --speculative-config, {WAY_OUT}"
         )
     if drafts.method in ADAPTED_DRAFTERS:
         _check_adapted_drafter(drafts)
@@ -38,12 +46,13 @@ def check_drafts(vllm_config: Any, avl_config: AVLConfig) -> None:
         _check_draft_model(drafts.draft_model_config, vllm_config.model_config)
     if drafts.method == "mtp":
         _check_mtp(drafts.draft_model_config)
-    if not avl_config.reads_all and not _reads_less(drafts.method, device_type):
+    is_async = vllm_config.scheduler_config.async_scheduling
+    if not avl_config.reads_all and not _may_read_less(drafts.method, is_async):
         raise UnsupportedError(
-            f"{BACKEND} supports speculative decoding by {drafts.method!r} on "
-            f"{device_type} devices where all that is stored is read: "
-            f"{_reading(avl_config)}; leave core_ratio and text_keep_ratio out, drop "
-            f"--speculative-config, {WAY_OUT}"
+            f"{BACKEND} supports speculative decoding by {_drafting(drafts.method)} "
+            f"where all that is stored is read: {_reading(avl_config)}; leave "
+            "core_ratio and text_keep_ratio out, drop --speculative-config, "
+            f"{_without_async(drafts.method)}{WAY_OUT}"
         )
 
 
@@ -92,21 +101,34 @@ def _check_mtp(draft: Any) -> None:
         )
 
 
-def _reads_less(method: str, device_type: str) -> bool:
-    """Whether steps with drafts may read a part of what is stored."""
-    # Own layers choose core between two passes, and on CUDA a kernel scores last rows.
-    return method in CACHELESS_DRAFTERS and device_type == "cpu"
+def check_drafted_request(avl_config: AVLConfig, method: str, is_async: bool) -> None:
+    """Refuse a request's settings that a server with drafts cannot serve.
 
-
-def check_drafted_request(avl_config: AVLConfig, method: str, device_type: str) -> None:
-    """Refuse a request's settings that a server with drafts cannot serve."""
-    if not avl_config.reads_all and not _reads_less(method, device_type):
+    Args:
+        avl_config: the request's.
+        method: of the drafts.
+        is_async: whether the server schedules a step before the last has run.
+    """
+    if not avl_config.reads_all and not _may_read_less(method, is_async):
         raise UnsupportedError(
-            f"vllm_xargs: with speculative decoding by {method!r} on {device_type} "
-            "devices all that is stored is read, and this request has "
-            f"{_reading(avl_config)}; let avl_core_ratio be the store ratio and "
-            "avl_text_keep_ratio 1, or leave both out"
+            f"vllm_xargs: with speculative decoding by {_drafting(method)} all that "
+            f"is stored is read, and this request has {_reading(avl_config)}; let "
+            "avl_core_ratio be the store ratio and avl_text_keep_ratio 1, "
+            f"{_without_async(method)}or leave both out"
         )
+
+
+def _may_read_less(method: str, is_async: bool) -> bool:
+    return method in READ_LESS and not is_async
+
+
+def _drafting(method: str) -> str:
+    in_flight = " and asynchronous scheduling" if method in READ_LESS else ""
+    return f"{method!r}{in_flight}"
+
+
+def _without_async(method: str) -> str:
+    return "serve with --no-async-scheduling, " if method in READ_LESS else ""
 
 
 def _reading(avl_config: AVLConfig) -> str:

@@ -68,8 +68,8 @@ def find_group(
         # Exactly these: subclasses may store something else.
         if type(spec) not in (ours, *others):
             raise UnsupportedError(
-                f"{BACKEND} supports plain full attention, and beside it {kinds} on "
-                f"this device; this model has a {type(spec).__name__} group; choose "
+                f"{BACKEND} supports plain full attention, and beside it {kinds}; "
+                f"this model has a {type(spec).__name__} group; choose "
                 f"another model, {WAY_OUT}"
             )
     found = [index for index, spec in enumerate(specs) if type(spec) is ours]

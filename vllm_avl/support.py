@@ -44,10 +44,6 @@ REFUSALS = (
         "model",
     ),
     Refusal(
-        lambda c: c.parallel_config.pipeline_parallel_size > 1,
-        "does not support pipeline parallelism; drop --pipeline-parallel-size",
-    ),
-    Refusal(
         lambda c: c.parallel_config.decode_context_parallel_size > 1,
         "does not support decode context parallelism; drop "
         "--decode-context-parallel-size",
@@ -76,13 +72,13 @@ REFUSALS = (
 )
 
 
-OFFLOADING = "SimpleCPUOffloadConnector"
-CONNECTORS = ("ExampleConnector", OFFLOADING)
-"""KV connectors that were run beside us.
-
-vLLM's OffloadingConnector stores a block a step late, and waits at a request's end
-only: it may read blocks that were given back.
-"""
+SIMPLE_OFFLOADING = "SimpleCPUOffloadConnector"
+OFFLOADING = "OffloadingConnector"
+NIXL = "NixlConnector"
+CONNECTORS = ("ExampleConnector", NIXL, OFFLOADING, SIMPLE_OFFLOADING)
+"""KV connectors that were run beside us."""
+HOST_SPEC = "CPUOffloadingSpec"
+"""Where OffloadingConnector stores unless it is told: in the host's memory."""
 
 
 def refuse_platform(name: str) -> NoReturn:
@@ -147,31 +143,95 @@ def check_config(
     _check_cache(vllm_config.cache_config.cache_dtype, device_type)
     _check_connector(vllm_config, offloading)
     _check_chunks(vllm_config.scheduler_config, avl_config)
+    _check_stages(vllm_config, avl_config, offloading)
+
+
+def _check_stages(
+    vllm_config: Any, avl_config: AVLConfig, offloading: str | None
+) -> None:
+    """Refuse what was not tried with pipeline stages."""
+    num_stages = vllm_config.parallel_config.pipeline_parallel_size
+    if num_stages == 1:
+        return
+    found = {
+        "--speculative-config": vllm_config.speculative_config is not None,
+        "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
+        "--kv-offloading-size": offloading is not None,
+    }
+    for option, is_set in found.items():
+        if is_set:
+            raise UnsupportedError(
+                f"{BACKEND} does not support {option} with pipeline parallelism; drop "
+                f"one of {option} and --pipeline-parallel-size, {WAY_OUT}"
+            )
+    check_policy_in_stages(avl_config, num_stages)
+
+
+def check_policy_in_stages(avl_config: AVLConfig, num_stages: int) -> None:
+    """Refuse a policy, the server's or a request's, that needs other stages' layers."""
+    if num_stages > 1 and POLICIES[avl_config.policy].spans_layers:
+        alone = [name for name, policy in POLICIES.items() if not policy.spans_layers]
+        raise UnsupportedError(
+            f"{BACKEND} does not support policy = {avl_config.policy!r} with pipeline "
+            "parallelism, where it needs layers of other stages; choose one of "
+            f"{', '.join(alone)}, or drop --pipeline-parallel-size"
+        )
 
 
 def _check_connector(vllm_config: Any, offloading: str | None) -> None:
     transfer = vllm_config.kv_transfer_config
-    if offloading not in (None, OFFLOADING):
-        raise UnsupportedError(
-            f"{BACKEND} does not support KV offloading by {offloading}, which may read "
-            "blocks that were given back; set VLLM_USE_SIMPLE_KV_OFFLOAD=1 and "
-            "--kv-offloading-backend native, or drop --kv-offloading-size, "
-            f"{WAY_OUT}"
-        )
     if offloading is None:
         if transfer is None:
             return
-        name, path = transfer.kv_connector, transfer.kv_connector_module_path
-        if name not in CONNECTORS or path is not None:
-            raise UnsupportedError(
-                f"{BACKEND} supports the KV connectors {' and '.join(CONNECTORS)} "
-                f"alone, not {path or name}; drop --kv-transfer-config, {WAY_OUT}"
-            )
+        _check_transfer(transfer)
+        offloading = transfer.kv_connector
+    elif offloading not in CONNECTORS:
+        raise UnsupportedError(
+            f"{BACKEND} does not support KV offloading by {offloading}; choose "
+            "--kv-offloading-backend native, or drop --kv-offloading-size, "
+            f"{WAY_OUT}"
+        )
+    if offloading == OFFLOADING:
+        _check_offloading(vllm_config)
     if vllm_config.speculative_config is not None:
         raise UnsupportedError(
             f"{BACKEND} does not support KV connectors and speculative decoding "
             "together; drop --kv-transfer-config and --kv-offloading-size, or "
             f"--speculative-config, {WAY_OUT}"
+        )
+
+
+def _check_offloading(vllm_config: Any) -> None:
+    transfer = vllm_config.kv_transfer_config
+    extra = {} if transfer is None else transfer.kv_connector_extra_config
+    spec = extra.get("spec_name", HOST_SPEC)
+    if spec != HOST_SPEC:
+        raise UnsupportedError(
+            f"{BACKEND} supports {OFFLOADING} with {HOST_SPEC} alone, not with "
+            f"spec_name = {spec!r}; drop it from kv_connector_extra_config, {WAY_OUT}"
+        )
+    if vllm_config.model_config.is_hybrid:
+        raise UnsupportedError(
+            f"{BACKEND} does not support {OFFLOADING} beside recurrent layers; set "
+            "VLLM_USE_SIMPLE_KV_OFFLOAD=1 in the environment, or drop "
+            f"--kv-offloading-size and --kv-transfer-config, {WAY_OUT}"
+        )
+
+
+def _check_transfer(transfer: Any) -> None:
+    name, path = transfer.kv_connector, transfer.kv_connector_module_path
+    if name not in CONNECTORS or path is not None:
+        raise UnsupportedError(
+            f"{BACKEND} supports the KV connectors {', '.join(CONNECTORS[:-1])} and "
+            f"{CONNECTORS[-1]} alone, not {path or name}; drop --kv-transfer-config, "
+            f"{WAY_OUT}"
+        )
+    both_ways = "bidirectional_kv_xfer"
+    if name == NIXL and transfer.kv_connector_extra_config.get(both_ways):
+        raise UnsupportedError(
+            f"{BACKEND} does not support {both_ways} of {NIXL}, which would hand on "
+            "what an answer has evicted from; drop it from kv_connector_extra_config, "
+            f"{WAY_OUT}"
         )
 
 

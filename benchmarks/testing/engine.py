@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,16 @@ class Engine:
         """Abort a queued or running request."""
         self.llm.llm_engine.abort_request([request_id])
 
+    def reports(self) -> list[list[dict[str, Any]]]:
+        """Return what each worker reports of each request that it remembers."""
+        (names, *_) = self.llm.collective_rpc("avl_requests")
+        by_name = (self.llm.collective_rpc("avl_report", args=(n,)) for n in names)
+        # A report of another process comes as a dictionary.
+        return [
+            [one if isinstance(one, dict) else asdict(one) for one in reports]
+            for reports in by_name
+        ]
+
     def shutdown(self) -> None:
         """Stop the engine."""
         self.llm.llm_engine.engine_core.shutdown()
@@ -125,17 +135,21 @@ class Engine:
         """Assert that every block is free or held, and referenced as often as held."""
         check_integrity(self.scheduler, beside)
 
-    def poison_free_blocks(self) -> None:
+    def poison_free_blocks(self, but: Container[int] = ()) -> None:
         """Spoil the content of every block that nobody may read.
 
         Free blocks that carry a prefix-cache hash keep theirs: a later request may
         still be served from them.
+
+        Args:
+            but: ids of free blocks that something else may read.
         """
         pool = self.scheduler.kv_cache_manager.block_pool
         spoiled = [
             block.block_id
             for block in pool.blocks
             if (block.ref_cnt == 0 and block.block_hash is None) or block.is_null
+            if block.block_id not in but
         ]
         index = torch.tensor(spoiled)
         for cache in self.runner.kv_caches:

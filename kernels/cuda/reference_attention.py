@@ -57,7 +57,7 @@ def selected_attention(
                 )
                 if lse is not None:
                     lse[token, head] = total / math.log(2)
-                if refresh and refresh.scored[request] and token == stop - 1:
+                if refresh and token == stop - int(refresh.scored[request]):
                     if head % group == 0:
                         refresh.scores[kv_head, rows] = 0
                     refresh.scores[kv_head, rows] += probabilities.to(wide)

@@ -41,12 +41,13 @@ TILES = {
 
 @dataclass(frozen=True)
 class Refresh:
-    """Asks for what the last query row of some requests looks at.
+    """Asks for what one query row of some requests looks at.
 
     Attributes:
-        scored: [num_reqs] int32, nonzero where a request is to be scored.
+        scored: [num_reqs] int32, which query row of a request is scored, counted from
+            its last one, which is 1; 0 where none is.
         scores: [num_kv_heads, num_blocks * block_size] fp32. At the cache rows that a
-            scored request reads: attention probabilities, summed over the query heads
+            scored row reads: attention probabilities, summed over the query heads
             of a KV head. Left alone elsewhere.
         logits: [num_heads, num_blocks * block_size] fp32, scratch.
     """
@@ -270,7 +271,6 @@ def _attention_kernel(
         scale *= tl.load(k_scale_ptr)
     if scored_ptr is not None:
         is_scored = tl.load(scored_ptr + request) != 0
-        is_last = (is_row & (row == query_len - 1))[:, None]
         logits_ptr += (head * logits_stride)[:, None]
 
     # Finite, so that a row that sees nothing of its first tiles stays free of NaN.
@@ -295,7 +295,10 @@ def _attention_kernel(
         if soft_cap > 0:
             logits = _soft_cap(logits, soft_cap * LOG2_E)
         if scored_ptr is not None and is_scored:
-            stored = is_last & is_read[None, :]
+            # Looked up anew: kept beside the tiles, it spills.
+            scored_row = query_len - tl.load(scored_ptr + request)
+            is_scored_row = (is_row & (row == scored_row))[:, None]
+            stored = is_scored_row & is_read[None, :]
             tl.store(logits_ptr + cache_row[None, :], logits, mask=stored)
         is_seen = is_read[None, :] & (slot[None, :] < num_seen[:, None])
         logits = tl.where(is_seen, logits, -float("inf"))

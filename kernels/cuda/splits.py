@@ -107,20 +107,21 @@ def _normalise_kernel(
     block_size: tl.constexpr,
     block_n: tl.constexpr,
 ):
-    # One scored request and KV head, every so many-th tile of what it read.
+    # One scored row and KV head, every so many-th tile of what it read.
     request = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
     next_token = tl.load(query_start_loc_ptr + request + 1).to(tl.int64)
     is_empty = next_token == tl.load(query_start_loc_ptr + request)
-    if is_empty | (tl.load(scored_ptr + request) == 0):
+    scored = tl.load(scored_ptr + request)
+    if is_empty | (scored == 0):
         return
 
     member = tl.arange(0, group_pad)
     head = kv_head * group + member
     num_heads = group * tl.num_programs(1)
-    lse_ptrs = lse_ptr + (next_token - 1) * num_heads + head
+    lse_ptrs = lse_ptr + (next_token - scored) * num_heads + head
     lse = tl.load(lse_ptrs, mask=member < group, other=0.0)
-    tail_end = tl.load(seq_lens_ptr + request)
+    tail_end = tl.load(seq_lens_ptr + request) + 1 - scored
     reads = request_reads(reads, request, kv_head, tail_end)
     logits_ptr += (head * logits_stride)[:, None]
     scores_ptr += kv_head * scores_stride

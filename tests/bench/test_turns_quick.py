@@ -1,4 +1,4 @@
-"""Turns of chats: the short form measures all three parts, and the gate is one."""
+"""Turns of chats: the short form measures all four parts, and the gate is one."""
 
 import sys
 from pathlib import Path
@@ -48,9 +48,10 @@ def test_the_settings_in_force_are_printed(measured):
     assert "store_ratio 0.5" in avl
 
 
-def test_later_turns_are_served_from_the_prefix_cache(measured):
+@pytest.mark.parametrize(("table", "part"), enumerate(("turns", "offloaded")))
+def test_later_turns_find_the_chat(measured, table, part):
     folder, printed = measured
-    rows = printed_tables(printed)[0]
+    rows = printed_tables(printed)[table]
     assert [(row["pictures"], row["turn"]) for row in rows] == [
         ("1", "1"),
         ("1", "2"),
@@ -66,13 +67,13 @@ def test_later_turns_are_served_from_the_prefix_cache(measured):
         assert float(row["stock_hits"]) > 576
     assert {"ratio", "ratio_p10", "ratio_p90", "steps_ratio", "answer_ratio"} < set(row)
     assert all(float(row["avl_blocks"]) < float(row["stock_blocks"]) for row in rows)
-    assert (folder / "turns-quick.png").stat().st_size > 5_000
+    assert (folder / f"{part}-quick.png").stat().st_size > 5_000
     assert not list(folder.glob("*.csv"))
 
 
 def test_a_short_pool_serves_chats_and_questions(measured):
     _, printed = measured
-    _, chats, questions = printed_tables(printed)
+    _, _, chats, questions = printed_tables(printed)
     for rows in (chats, questions):
         assert [row["variant"] for row in rows] == ["stock", "avl"]
         assert {"peak_running", "mean_running", "preemptions", "ratio"} < set(rows[0])
@@ -111,7 +112,7 @@ def test_pictures_are_taken_once():
     assert len(set(taken)) == 4
 
 
-def fake_engine(tokens, pool_use, tokens_when_off=None):
+def fake_engine(tokens, pool_use, tokens_when_off=None, num_hits=1):
     """Return an engine whose every answer is `tokens`."""
 
     def run(workload, xargs=None, **options):
@@ -121,13 +122,16 @@ def fake_engine(tokens, pool_use, tokens_when_off=None):
         return runs.Run(
             outputs=dict.fromkeys(names, answer),
             prompt_tokens=dict(zip(names, lengths, strict=True)),
+            cached_tokens=dict.fromkeys(names, num_hits),
             pool_use=[pool_use],
         )
 
-    return SimpleNamespace(run=run, decode=lambda tokens: "x" * len(tokens))
+    return SimpleNamespace(
+        run=run, decode=lambda tokens: "x" * len(tokens), flush=lambda: None
+    )
 
 
-ARGS = SimpleNamespace(images=[1], turns=2, output_tokens=2, pool_images=1)
+ARGS = SimpleNamespace(turns=2, output_tokens=2)
 
 
 @pytest.mark.parametrize(
@@ -140,11 +144,16 @@ ARGS = SimpleNamespace(images=[1], turns=2, output_tokens=2, pool_images=1)
 def test_nothing_is_timed_unless_avl_0_is_stock(pool_use, when_off, reason):
     stock = fake_engine([1, 2], 0.2)
     avl = fake_engine([1, 4], pool_use, when_off)
-    pictures = conversation.Pictures(0)
     with pytest.raises(SystemExit, match=reason):
-        turns.check({"stock": stock, "avl": avl}, pictures, ARGS)
-    avl = fake_engine([1, 4], 0.1, [1, 2])
-    turns.check({"stock": stock, "avl": avl}, pictures, ARGS)
+        check(stock, avl)
+    check(stock, fake_engine([1, 4], 0.1, [1, 2]))
+    with pytest.raises(SystemExit, match="turn 2 .* found nowhere"):
+        check(stock, fake_engine([1, 4], 0.1, [1, 2], num_hits=0))
+
+
+def check(stock, avl):
+    engines = {"stock": stock, "avl": avl}
+    turns.check(engines, conversation.Pictures(0), [1], forgets=True, args=ARGS)
 
 
 @pytest.mark.parametrize("part", ["chats", "questions"])

@@ -36,6 +36,9 @@ def _plugins():
     load_general_plugins()
 
 
+EXAMPLE = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+
+
 def start(checkpoints, **options):
     args = EngineArgs(
         str(checkpoints("llava")),
@@ -49,7 +52,10 @@ def start(checkpoints, **options):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"pipeline_parallel_size": 2}, "drop --pipeline-parallel-size"),
+        (
+            {"pipeline_parallel_size": 2, "kv_transfer_config": EXAMPLE},
+            "drop one of --kv-transfer-config and --pipeline-parallel-size",
+        ),
         (
             {
                 "speculative_config": {
@@ -57,9 +63,12 @@ def start(checkpoints, **options):
                     "num_speculative_tokens": 1,
                 }
             },
-            "does not support speculative decoding by 'extract_hidden_states' on cpu",
+            "does not support speculative decoding by 'extract_hidden_states', which",
         ),
-        ({"kv_offloading_size": 1}, "drop --kv-offloading-size"),
+        (
+            {"kv_offloading_size": 1, "kv_offloading_backend": "lmcache"},
+            "KV offloading by lmcache; choose --kv-offloading-backend native",
+        ),
         ({"kv_cache_dtype": "fp8_e5m2"}, "does not support a KV cache of fp8_e5m2"),
         ({"scheduler_cls": "my.Scheduler"}, "drop --scheduler-cls"),
         ({"worker_cls": "my.Worker"}, "drop --worker-cls"),
@@ -102,6 +111,7 @@ def settings(**changes):
             "use_mla": False,
             "is_encoder_decoder": False,
             "uses_mrope": False,
+            "is_hybrid": False,
         },
         "device_config": {"device_type": "cuda"},
         "speculative_config": None,
@@ -122,6 +132,7 @@ def settings(**changes):
             "max_num_batched_tokens": 2048,
             "long_prefill_token_threshold": 0,
             "max_num_scheduled_tokens": None,
+            "async_scheduling": False,
         },
     }
     for name, value in changes.items():
@@ -138,14 +149,19 @@ def settings(**changes):
     )
 
 
-def connecting(name, module=None):
-    named = SimpleNamespace(kv_connector=name, kv_connector_module_path=module)
+def connecting(name, module=None, **extra):
+    named = SimpleNamespace(
+        kv_connector=name,
+        kv_connector_module_path=module,
+        kv_connector_extra_config=extra,
+    )
     return {"kv_transfer_config": named}
 
 
 def test_the_supported_configuration_starts():
     support.check_config(settings(), AVLConfig())
-    support.check_config(settings(**connecting("ExampleConnector")), AVLConfig())
+    for name in ("ExampleConnector", "NixlConnector"):
+        support.check_config(settings(**connecting(name)), AVLConfig())
 
 
 def drafting(method, device="cuda", **more):
@@ -177,12 +193,20 @@ METHODS = {
 }
 
 
+def test_drafts_beside_recurrent_layers_are_for_cpus():
+    on_cpu, on_cuda = (drafting("ngram", device) for device in ("cpu", "cuda"))
+    for config in (on_cpu, on_cuda):
+        drafters.check_drafts(config, AVLConfig())
+        config.model_config.is_hybrid = True
+    drafters.check_drafts(on_cpu, AVLConfig())
+    with pytest.raises(UnsupportedError, match="beside recurrent layers on cuda"):
+        drafters.check_drafts(on_cuda, AVLConfig())
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_drafters_go_by_whether_they_have_a_cache(method, device):
-    on_cpu, on_cuda = drafters.ADAPTED_DRAFTERS, drafters.ADAPTED_ON_CUDA
-    supported = drafters.CACHELESS_DRAFTERS + (on_cpu if device == "cpu" else on_cuda)
-    if method in supported:
+    if method in drafters.CACHELESS_DRAFTERS + drafters.ADAPTED_DRAFTERS:
         drafters.check_drafts(drafting(method, device), AVLConfig())
         return
     with pytest.raises(UnsupportedError, match=f"speculative decoding by '{method}'"):
@@ -239,20 +263,30 @@ READS_ALL = ({}, {"core_ratio": 0.5}, {"core_ratio": 0.2, "refresh_interval": 0}
 READS_LESS = ({"core_ratio": 0.2}, {"text_keep_ratio": 0.7})
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize(
-    ("method", "device", "can_read_less"),
+    ("method", "can_read_less"),
     [
-        *[(name, "cpu", True) for name in drafters.CACHELESS_DRAFTERS],
-        *[(name, "cuda", False) for name in drafters.CACHELESS_DRAFTERS],
-        *[(name, "cpu", False) for name in drafters.ADAPTED_DRAFTERS],
+        ("ngram", True),
+        ("suffix", True),
+        ("medusa", True),
+        ("custom_class", True),
+        ("ngram_gpu", False),
+        *[(name, False) for name in drafters.ADAPTED_DRAFTERS],
     ],
 )
-def test_drafts_where_not_all_that_is_stored_is_read(method, device, can_read_less):
+def test_drafts_where_not_all_that_is_stored_is_read(method, can_read_less, device):
     config = drafting(method, device)
     for settings in READS_ALL + (READS_LESS if can_read_less else ()):
         drafters.check_drafts(config, AVLConfig(**settings))
     for settings in () if can_read_less else READS_LESS:
-        with pytest.raises(UnsupportedError, match=f"{method!r} on {device} devices"):
+        with pytest.raises(UnsupportedError, match=f"by {method!r} where all that"):
+            drafters.check_drafts(config, AVLConfig(**settings))
+    # What vLLM 0.33 takes unless it is told otherwise, on its second runner.
+    config.scheduler_config.async_scheduling = True
+    way_out = "serve with --no-async-scheduling" if can_read_less else "drop --spec"
+    for settings in READS_LESS:
+        with pytest.raises(UnsupportedError, match=f"by {method!r} .*{way_out}"):
             drafters.check_drafts(config, AVLConfig(**settings))
 
 
@@ -264,11 +298,12 @@ def test_drafters_of_this_vllm_are_known():
     assert not gone & METHODS
 
 
-def served(method="eagle", **options):
+def served(method="eagle", num_stages=1, is_async=False, **options):
     return SimpleNamespace(
+        scheduler_config=SimpleNamespace(async_scheduling=is_async),
         additional_config={"avl": options},
-        speculative_config=SimpleNamespace(method=method),
-        device_config=SimpleNamespace(device_type="cpu"),
+        speculative_config=method and SimpleNamespace(method=method),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=num_stages),
     )
 
 
@@ -286,6 +321,8 @@ def test_a_request_to_a_server_with_a_drafter_of_layers_reads_all(
     with pytest.raises(VLLMValidationError, match=named):
         request_settings.check(served(**options), xargs)
     request_settings.check(served("ngram", **options), xargs)
+    with pytest.raises(VLLMValidationError, match="with --no-async-scheduling, or lea"):
+        request_settings.check(served("ngram", is_async=True, **options), xargs)
     request_settings.check(served(**options), xargs | {"avl": 0})
     request_settings.check(served(**options), {"avl_store_ratio": 0.5})
     request_settings.check(
@@ -293,10 +330,28 @@ def test_a_request_to_a_server_with_a_drafter_of_layers_reads_all(
     )
 
 
+def test_stages_rank_by_their_own_layers():
+    support.check_config(settings(**STAGES), AVLConfig())
+    named = "policy = 'fastv' with pipeline parallelism"
+    with pytest.raises(UnsupportedError, match=named):
+        support.check_config(settings(**STAGES), AVLConfig(policy="fastv"))
+    with pytest.raises(UnsupportedError, match="--kv-offloading-size"):
+        support.check_config(settings(**STAGES), AVLConfig(), support.OFFLOADING)
+    with pytest.raises(VLLMValidationError, match=named):
+        request_settings.check(served(None, 2), {"avl_policy": "fastv"})
+    request_settings.check(served(None, 2), {"avl_policy": "h2o"})
+    request_settings.check(served(None, 1), {"avl_policy": "fastv"})
+
+
+STAGES = {"parallel_config__pipeline_parallel_size": 2}
 CASES = [
     ({"model_config__use_mla": True}, "multi-head latent attention"),
     ({"model_config__is_encoder_decoder": True}, "cross attention"),
-    ({"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+    (STAGES | connecting("ExampleConnector"), "drop one of --kv-transfer-config and"),
+    (
+        STAGES | {"speculative_config": SimpleNamespace(method="ngram")},
+        "drop one of --speculative-config and --pipeline-parallel-size",
+    ),
     (
         {"parallel_config__decode_context_parallel_size": 2},
         "--decode-context-parallel-size",
@@ -306,7 +361,12 @@ CASES = [
         "--prefill-context-parallel-size",
     ),
     ({"parallel_config__use_ubatching": True}, "--enable-dbo"),
-    (connecting("NixlConnector"), "alone, not NixlConnector; drop --kv-transfer"),
+    (connecting("LMCacheConnectorV1"), "not LMCacheConnectorV1; drop --kv-transfer"),
+    (connecting("NixlPushConnector"), "not NixlPushConnector; drop --kv-transfer"),
+    (
+        connecting("NixlConnector", bidirectional_kv_xfer=True),
+        "drop it from kv_connector_extra_config",
+    ),
     (connecting("ExampleConnector", "mine"), "alone, not mine; drop --kv-transfer"),
     (
         connecting("ExampleConnector")
@@ -353,7 +413,7 @@ def test_every_refusal_of_the_table_has_a_case():
         assert any(map(refusal.applies, refused)), refusal.sentence
 
 
-def test_offloading_by_who_may_read_what_was_given_back(monkeypatch):
+def test_offloading_by_vllms_own_connectors(monkeypatch):
     def offloading(**options):
         cache = SimpleNamespace(
             **{"kv_offloading_size": 1, "kv_offloading_backend": "native"} | options
@@ -361,14 +421,26 @@ def test_offloading_by_who_may_read_what_was_given_back(monkeypatch):
         return platform.offloading_connector(cache)
 
     assert offloading(kv_offloading_size=None) is None
-    for name in (offloading(), offloading(kv_offloading_backend="lmcache")):
-        with pytest.raises(UnsupportedError, match=f"by {name}, which may read"):
-            support.check_config(settings(), AVLConfig(), name)
-    monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", "1")
+    by_lmcache = offloading(kv_offloading_backend="lmcache")
+    with pytest.raises(UnsupportedError, match="by lmcache; choose"):
+        support.check_config(settings(), AVLConfig(), by_lmcache)
     assert offloading() == support.OFFLOADING
-    support.check_config(settings(), AVLConfig(), offloading())
-    with pytest.raises(UnsupportedError, match="drop --kv-transfer-config and --kv-o"):
-        support.check_config(drafting("ngram"), AVLConfig(), offloading())
+    hybrid = settings(model_config__is_hybrid=True)
+    with pytest.raises(UnsupportedError, match="set VLLM_USE_SIMPLE_KV_OFFLOAD=1"):
+        support.check_config(hybrid, AVLConfig(), offloading())
+    tiers = {"spec_name": "TieringOffloadingSpec"}
+    with pytest.raises(UnsupportedError, match="spec_name = 'Tier.*'; drop it from"):
+        support.check_config(
+            settings(**connecting("OffloadingConnector", **tiers)), AVLConfig()
+        )
+    support.check_config(settings(**connecting("OffloadingConnector")), AVLConfig())
+    for is_simple in ("0", "1"):
+        monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", is_simple)
+        support.check_config(settings(), AVLConfig(), offloading())
+        with pytest.raises(UnsupportedError, match="drop --kv-transfer-config and"):
+            support.check_config(drafting("ngram"), AVLConfig(), offloading())
+    assert offloading() == support.SIMPLE_OFFLOADING
+    support.check_config(hybrid, AVLConfig(), offloading())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -466,11 +538,6 @@ def test_cache_groups():
     for config, named in (
         (groups_of(ours, plain), "a FullAttentionSpec group"),
         (groups_of(ours, spec(RSWASpec, rswa_window=64)), "a RSWASpec group"),
-        # Llama 4's.
-        (
-            groups_of(spec(ChunkedLocalAttentionSpec, attention_chunk_size=64), ours),
-            "a ChunkedLocalAttentionSpec group",
-        ),
         (groups_of(window), "and this one has 0"),
         (groups_of(ours, window, ours), "and this one has 2"),
         (groups_of(), "and this one has 0"),
@@ -479,15 +546,13 @@ def test_cache_groups():
             our_group(config)
 
 
-def test_recurrent_states_have_been_tried_on_cpus_only(monkeypatch):
+def test_windows_chunks_and_recurrent_states_lie_beside_ours():
     window = spec(SlidingWindowSpec, sliding_window=64)
+    chunk = spec(ChunkedLocalAttentionSpec, attention_chunk_size=64)
     state = MambaSpec(block_size=32, shapes=((1,),), dtypes=(torch.bfloat16,))
-    groups = groups_of(window, state, spec(AVLSpec))
-    assert our_group(groups) == 2
-    monkeypatch.setattr(current_platform.__class__, "is_cpu", lambda self: False)
-    with pytest.raises(UnsupportedError, match="this model has a MambaSpec"):
-        our_group(groups)
+    assert our_group(groups_of(window, state, spec(AVLSpec))) == 2
     assert our_group(groups_of(window, spec(AVLSpec))) == 1
+    assert our_group(groups_of(chunk, chunk, spec(AVLSpec))) == 2
 
 
 def groups_of(*specs):

@@ -25,7 +25,7 @@ CASES = {
             ),
         ),
         "--attention-backend avl does not support speculative decoding by "
-        "'extract_hidden_states' on cpu devices",
+        "'extract_hidden_states', which has",
     ),
 }
 LAST_LINES = 4

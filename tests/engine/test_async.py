@@ -85,11 +85,11 @@ class FakeWorker:
         table = torch.tensor([self.tables[request_id][0]], dtype=torch.int32)
         end, start = computed + num_new, 0
         step = self.requests.begin(
-            {request_id: computed}, {request_id: num_new}, lambda common: [request_id]
+            {request_id: computed}, {request_id: num_new}, lambda: [request_id]
         )
         touched = set()
         if step is not None:
-            rows = step.rows(None)
+            rows = step.rows()
             start = int(rows.first_block[0]) * BLOCK_SIZE
             stored = stored_table(rows, table, BLOCK_SIZE)
             tasks = make_tasks(rows, table, stored, [0, num_new], BLOCK_SIZE)

@@ -9,9 +9,6 @@ from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 from benchmarks.testing import models
 from benchmarks.testing.engine import Ask, Engine
 
-SIZE = models.ModelSize(
-    hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_size=32
-)
 ASKS = [
     Ask((1,), "What do you see?", 24),
     Ask((1, 2), "And what is the difference? " * 2, 24),
@@ -25,7 +22,7 @@ NAMES = {"avl": AVL, "stock": STOCK}
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return models.build("llava", tmp_path_factory.mktemp("tiny") / "llava", SIZE)
+    return models.build("llava", tmp_path_factory.mktemp("tiny") / "llava", models.TINY)
 
 
 @contextmanager

@@ -10,9 +10,6 @@ from scripted_drafts import CONFIG, REPEATABLE_CONFIG, WRONG_CONFIG, Scripted
 from benchmarks.testing import models
 from benchmarks.testing.engine import Ask, Engine
 
-SIZE = models.ModelSize(
-    hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_size=32
-)
 CORE = {"avl_core_ratio": 0.2, "avl_refresh_interval": 3}
 SETTINGS = {
     "core": CORE,
@@ -27,7 +24,9 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    checkpoint = models.build("llava", tmp_path_factory.mktemp("tiny") / "llava", SIZE)
+    checkpoint = models.build(
+        "llava", tmp_path_factory.mktemp("tiny") / "llava", models.TINY
+    )
     engines = []
 
     def start(**options):

@@ -7,6 +7,7 @@ import pytest
 import vllm
 from scripted_drafts import CONFIG, Scripted
 from sequences import play
+from vllm.utils.import_utils import has_arctic_inference
 
 from benchmarks.testing import models
 from benchmarks.testing.engine import Ask, Engine
@@ -39,9 +40,6 @@ QUESTIONS = [
     for xargs in SETTINGS
     for prefix in ("", "A system prompt that is longer than a block of tokens. ")
 ]
-SIZE = models.ModelSize(
-    hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_size=32
-)
 NUM_BLOCKS = 43
 """The longest stock request takes 41 of them."""
 NUM_SEQUENCES = 40
@@ -49,7 +47,7 @@ NUM_SEQUENCES = 40
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return models.build("llava", tmp_path_factory.mktemp("tiny") / "llava", SIZE)
+    return models.build("llava", tmp_path_factory.mktemp("tiny") / "llava", models.TINY)
 
 
 @pytest.fixture(scope="module", params=["eagle", "draft_model"])
@@ -62,7 +60,7 @@ def drafter(request, checkpoint):
         # Its layers have the model's numbers, and are twice as large.
         folder, num_layers = drafters.build_model(checkpoint, out_dir, 2), 4
     return {
-        "num_layers": SIZE.num_layers + num_layers,
+        "num_layers": models.TINY.num_layers + num_layers,
         # Of 500 for all, the second of two pictures would find no room in stock's
         # encoder cache, and wait for ever.
         "max_num_batched_tokens": 1300,
@@ -80,7 +78,7 @@ def start(checkpoint):
     """Start engines over one small checkpoint with so many blocks."""
     engines = []
 
-    def start(num_blocks=60, num_layers=SIZE.num_layers, **options):
+    def start(num_blocks=60, num_layers=models.TINY.num_layers, **options):
         defaults = {
             # 256 bytes a token and layer, and the null block.
             "kv_cache_memory_bytes": (num_blocks + 1) * 32 * 256 * num_layers,
@@ -147,6 +145,33 @@ def play_many(engine, expected, check=lambda asked: None):
     assert min(len(preempted), num_aborted) > 3, "the sequences are too tame"
 
 
+def shift_to_the_next_token(runner):
+    """Let a drafter see, at the end of a prompt's chunk, the token that follows.
+
+    Its padded batches have the prompt's last token there, and what is drafted behind
+    depends on where chunks ended (docs/decisions.md).
+    """
+    drafter, execute, scheduled = runner.drafter, runner.execute_model, {}
+    original = drafter.prepare_next_token_ids_padded
+
+    def execute_model(scheduler_output, *args, **kwargs):
+        scheduled.clear()
+        scheduled.update(scheduler_output.num_scheduled_tokens)
+        return execute(scheduler_output, *args, **kwargs)
+
+    def prepare(sampled, requests, batch, discarded):
+        tokens, num_valid = original(sampled, requests, batch, discarded)
+        for row in discarded[: batch.num_reqs].nonzero().flatten().tolist():
+            request_id = batch.req_ids[row]
+            request = requests[request_id]
+            end = request.num_computed_tokens + scheduled[request_id]
+            tokens[row] = request.get_token_id(end)
+        return tokens, num_valid
+
+    runner.execute_model = execute_model
+    drafter.prepare_next_token_ids_padded = prepare
+
+
 class Drafted:
     """Notes what an engine has drafted behind each beginning of an answer."""
 
@@ -175,16 +200,39 @@ class Drafted:
         return found
 
 
+def drafts_alone(engine, drafted, asks):
+    """What is drafted for each of `asks` with nobody beside it and nothing cached."""
+    drafts = {}
+    for ask in asks:
+        engine.llm.reset_prefix_cache()
+        engine.add("one", ask)
+        while engine.llm.llm_engine.has_unfinished_requests():
+            engine.step()
+        drafts |= drafted.take({"one": ask})
+    engine.llm.reset_prefix_cache()
+    return drafts
+
+
+def check_drafts_in_company(engine, drafted, asks):
+    """Assert that in one batch is drafted what is drafted for each alone."""
+    wanted = drafts_alone(engine, drafted, asks)
+    for index, ask in enumerate(asks):
+        engine.add(f"{index}", ask)
+    while engine.llm.llm_engine.has_unfinished_requests():
+        engine.step()
+    noted = drafted.take({f"{index}": ask for index, ask in enumerate(asks)})
+    compared = [key for key in noted if noted[key] and wanted.get(key)]
+    assert len(compared) > 20
+    for key in compared:
+        assert noted[key] == wanted[key], key
+
+
 def test_a_drafter_with_layers_of_its_own(start, expected, drafter):
     """What it drafts tells whether its layers read what is theirs, and nothing else."""
     alone, engine = start(**drafter), start(NUM_BLOCKS, **drafter)
-    wanted, drafted = {}, Drafted(alone)
-    for ask in QUESTIONS:
-        alone.llm.reset_prefix_cache()
-        alone.add("one", ask)
-        while alone.llm.llm_engine.has_unfinished_requests():
-            alone.step()
-        wanted |= drafted.take({"one": ask})
+    for one in (alone, engine):
+        shift_to_the_next_token(one.runner)
+    wanted = drafts_alone(alone, Drafted(alone), QUESTIONS)
     num_compared, drafted = 0, Drafted(engine)
 
     def check(asked):
@@ -206,6 +254,12 @@ def test_a_drafter_with_layers_of_its_own(start, expected, drafter):
         ("eagle3", "qwen3_vl"),
         ("draft_model", "llava"),
         ("mtp", "glm_ocr"),
+        pytest.param(
+            *("suffix", "llava"),
+            marks=pytest.mark.skipif(
+                not has_arctic_inference(), reason="needs the package arctic-inference"
+            ),
+        ),
         # 0.33 has it no more.
         *([("medusa", "llava")] if vllm.__version__.startswith("0.32") else []),
     ],
@@ -238,6 +292,9 @@ def test_other_drafters(checkpoints, tmp_path, method, name):
     plain.shutdown()
     engine = Engine(target, name, speculative_config=drafts, **options)
     drafted = Drafted(engine)
+    # Suffixes are those of all answers.
+    if method != "suffix":
+        check_drafts_in_company(engine, drafted, asks)
     assert engine.ask(asks) == wanted
     if method in CACHELESS_DRAFTERS:
         assert engine.alone(reads_less) == read

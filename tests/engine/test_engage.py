@@ -10,9 +10,6 @@ from vllm_avl.metrics.definitions import Stock
 from vllm_avl.plan import Plan
 from vllm_avl.scheduler import pressure
 
-SIZE = models.ModelSize(
-    hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_size=32
-)
 BLOCK_BYTES = 32 * 512
 # 605 tokens: 19 blocks, of which 8 go.
 ASKS = [Ask((seed,), "What is it?", 40) for seed in range(8)]
@@ -20,7 +17,9 @@ ASKS = [Ask((seed,), "What is it?", 40) for seed in range(8)]
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    checkpoint = models.build("llava", tmp_path_factory.mktemp("tiny") / "llava", SIZE)
+    checkpoint = models.build(
+        "llava", tmp_path_factory.mktemp("tiny") / "llava", models.TINY
+    )
     engines = []
 
     def start(num_blocks, avl, **options):

@@ -26,9 +26,6 @@ CASES = [
     *[(num_blocks, "auto") for num_blocks in POOLS],
     pytest.param(50, "fp8", marks=NEEDS_FP8),
 ]
-SIZE = models.ModelSize(
-    hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_size=32
-)
 FIRST_TURN = "What do you see? At length."
 QUESTIONS = [
     Ask(images, text, length, xargs, prefix)
@@ -53,7 +50,9 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    checkpoint = models.build("llava", tmp_path_factory.mktemp("tiny") / "llava", SIZE)
+    checkpoint = models.build(
+        "llava", tmp_path_factory.mktemp("tiny") / "llava", models.TINY
+    )
     engines = []
 
     def start(num_blocks, cached):

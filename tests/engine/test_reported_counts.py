@@ -9,9 +9,6 @@ from benchmarks.testing import models
 from benchmarks.testing.engine import Ask, Engine
 from vllm_avl.metrics.definitions import COUNTERS, PREFIX, Stage, Stock
 
-SIZE = models.ModelSize(
-    hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_size=32
-)
 BLOCK_BYTES = 32 * 512
 CORE = (("avl_core_ratio", 0.2),)
 TEXT = (("avl_store_ratio", 0.4), ("avl_text_keep_ratio", 0.3))
@@ -19,7 +16,9 @@ TEXT = (("avl_store_ratio", 0.4), ("avl_text_keep_ratio", 0.3))
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    checkpoint = models.build("llava", tmp_path_factory.mktemp("tiny") / "llava", SIZE)
+    checkpoint = models.build(
+        "llava", tmp_path_factory.mktemp("tiny") / "llava", models.TINY
+    )
     engine = Engine(
         checkpoint,
         kv_cache_memory_bytes=100 * BLOCK_BYTES,
@@ -118,7 +117,7 @@ def test_refreshes_and_what_they_change_are_counted(engine):
         grown["core_rows_selected_total"],
     )
     assert 0 < entered < selected
-    assert selected % (7 * SIZE.num_layers) == 0
+    assert selected % (7 * models.TINY.num_layers) == 0
 
 
 def test_evicted_text_is_counted_in_whole_blocks(engine):

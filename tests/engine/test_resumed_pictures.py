@@ -8,16 +8,13 @@ from benchmarks.testing import models
 from benchmarks.testing.engine import Ask, Engine
 from vllm_avl.scheduler.scheduler import AVLScheduler
 
-SIZE = models.ModelSize(
-    hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_size=32
-)
 STOCK = (("avl", 0),)
 ASK = Ask((1, 2), "What do you see?", 40, STOCK)
 
 
 @pytest.fixture
 def start(tmp_path):
-    checkpoint = models.build("llava", tmp_path / "llava", SIZE)
+    checkpoint = models.build("llava", tmp_path / "llava", models.TINY)
     engines = []
 
     def start(avl):

@@ -1,6 +1,5 @@
 """Tensor parallel 2: two CPU processes keep the rows that one keeps."""
 
-import dataclasses
 import os
 from operator import itemgetter
 
@@ -66,14 +65,9 @@ def test_two_ranks_keep_and_read_what_one_does(start):
 
 def remembered(engine):
     """What each rank stored, and what it read after each selection, by layer."""
-    names = engine.llm.collective_rpc("avl_requests")[0]
-    ranks = zip(
-        *(engine.llm.collective_rpc("avl_report", args=(name,)) for name in names),
-        strict=True,
-    )
-    for reports in ranks:
+    for reports in zip(*engine.reports(), strict=True):
         # Those that end in one step are remembered in any order.
-        in_order = sorted(map(plain, reports), key=itemgetter("num_prompt_tokens"))
+        in_order = sorted(reports, key=itemgetter("num_prompt_tokens"))
         layers = [layer for report in in_order for layer in report["layers"]]
         yield (
             [
@@ -83,8 +77,3 @@ def remembered(engine):
             ],
             [[each["core"] for each in layer["history"]] for layer in layers],
         )
-
-
-def plain(report):
-    """A report of another process comes as a dictionary."""
-    return dataclasses.asdict(report) if dataclasses.is_dataclass(report) else report

@@ -52,6 +52,13 @@ def test_a_lone_token_behind_the_last_border_of_chunks_is_stock():
     assert alone is Stock.NOTHING_TO_SAVE
 
 
+READ_ELSEWHERE = {
+    "params": SamplingParams(
+        max_tokens=8, extra_args={"kv_transfer_params": {"do_remote_decode": True}}
+    )
+}
+
+
 @pytest.mark.parametrize(
     ("features", "options", "reason"),
     [
@@ -59,6 +66,7 @@ def test_a_lone_token_behind_the_last_border_of_chunks_is_stock():
         ([feature(5, 576, "audio")], {}, Stock.NO_VISION),
         ([feature(5, 4)], {}, Stock.NOTHING_TO_SAVE),
         (IMAGE, {"params": SamplingParams(max_tokens=1)}, Stock.ONE_TOKEN),
+        (IMAGE, READ_ELSEWHERE, Stock.REMOTE_DECODE),
         (IMAGE, asking(avl=0), Stock.OFF),
         (IMAGE, asking(avl_policy="full"), Stock.POLICY_FULL),
         (IMAGE, asking(avl_store_ratio=1), Stock.NOTHING_TO_SAVE),
@@ -70,6 +78,7 @@ def test_a_lone_token_behind_the_last_border_of_chunks_is_stock():
         "audio",
         "nothing-to-free",
         "one-token",
+        "read-elsewhere",
         "off",
         "full",
         "all-stored",

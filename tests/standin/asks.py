@@ -65,6 +65,8 @@ def answer_on_cpu(model):
 
 FLASH = {"STANDIN_FLASH": "1"}
 """Environment of a stand-in with FlashAttention."""
+TORCH = {"STANDIN_ATTENTION": "torch"}
+"""Environment of one whose Triton attention, vLLM's own, is not interpreted."""
 ON_TRITON = "vllm_avl.worker.cuda.triton.AVLTritonBackend"
 ON_FLASH = "vllm_avl.worker.cuda.flash.AVLFlashBackend"
 

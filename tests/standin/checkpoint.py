@@ -7,7 +7,7 @@ from pathlib import Path
 
 import transformers
 
-from benchmarks.testing.models import ModelSize, architectures, gemma
+from benchmarks.testing.models import ModelSize, architectures, gemma, llama, qwen
 from benchmarks.testing.models.tokens import make_tokenizer
 from benchmarks.testing.models.weights import restore_clip_names, save
 
@@ -32,6 +32,36 @@ def build_gemma3(out_dir: Path, seed: int = 0) -> Path:
     """Write a Gemma 3, two layers of three with sliding windows; return `out_dir`."""
     size = replace(SIZE, num_layers=3)
     gemma.gemma3(out_dir, size, seed, image_size=112, num_image_tokens=64)
+    return out_dir
+
+
+def build_gemma4(out_dir: Path, seed: int = 0) -> Path:
+    """Write a Gemma 4 whose pictures are seen in both directions; return `out_dir`."""
+    size = replace(SIZE, num_layers=3)
+    both = {"use_bidirectional_attention": "vision"}
+    gemma.gemma4(out_dir, size, seed, num_image_tokens=70, **both)
+    return out_dir
+
+
+def build_llama4(out_dir: Path, seed: int = 0) -> Path:
+    """Write a Llama 4, two layers of three see chunks of 96; return `out_dir`.
+
+    vLLM's experts want compiled operators that the CPU build has not.
+    """
+    llama.llama4(out_dir, replace(SIZE, num_layers=3), seed, has_experts=False)
+    return out_dir
+
+
+def build_qwen3_5(out_dir: Path, seed: int = 0) -> Path:
+    """Write a Qwen3.5, two layers of three with recurrent states; return `out_dir`."""
+    size = replace(SIZE, num_layers=3)
+    states = {
+        "linear_num_key_heads": 1,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    }
+    qwen.qwen3_5(out_dir, size, seed, least=64, **states)
     return out_dir
 
 

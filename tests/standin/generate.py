@@ -5,15 +5,16 @@
 run in the folder tests, or with it on PYTHONPATH. SPEC.json (- for standard input) is
 
     {"requests": [{"images": [1], "text": "What?", "max_tokens": 4, "xargs": {},
-                   "family": "llava"}],
+                   "says": [33, 58], "family": "llava"}],
      "llm": {"max_num_seqs": 2}, "orders": [[[0, 1], [0]]], "scales": [1, 1, 1]}
 
 with every field optional: "scales" are the query's, the keys' and the values' of an fp8
-cache; pictures are given by their seeds, "xargs" are the request's
-vllm_xargs and "llm" are arguments of `LLM`. Each of "orders" has batches of requests
-answered after each other, from an empty prefix cache. The last line of the output is
-JSON: token ids of each request, log-probabilities with --logprobs, with --kept what
-each layer of each request has evicted, and what the stand-in counted.
+cache; pictures are given by their seeds, an answer consists of the tokens of "says",
+"xargs" are the request's vllm_xargs and "llm" are arguments of `LLM`. Each of "orders"
+has batches of requests answered after each other, from an empty prefix cache. The last
+line of the output is JSON: token ids of each request, log-probabilities with
+--logprobs, with --kept what each layer of each request has evicted and selected, and
+what the stand-in counted.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ def generate(llm: Any, requests: list[dict[str, Any]], logprobs: bool) -> list[A
             temperature=0.0,
             ignore_eos=True,
             logprobs=0 if logprobs else None,
+            allowed_token_ids=request.get("says"),
             extra_args=request.get("xargs"),
         )
         for request in requests
@@ -153,6 +155,7 @@ def describe(llm: Any) -> dict[str, str]:
         "worker": qualified_name(type(worker)),
         "runner": qualified_name(type(runner)),
         "backend": ", ".join(sorted(map(qualified_name, set(backends)))),
+        "layout": worker.vllm_config.cache_config.kv_cache_layout,
     }
 
 
@@ -173,16 +176,34 @@ def set_scales(llm: Any, scales: list[float]) -> None:
 
 
 def kept(llm: Any) -> list[dict[str, Any]]:
-    """Return what the KV heads of each layer of each adapted request have evicted."""
+    """Return what the KV heads of each layer of each adapted request have evicted.
+
+    And which core they have selected, at which lengths, and what is left of the
+    prompt's text.
+    """
     worker = worker_of(llm)
     names = sorted(worker.avl_requests(), key=lambda name: int(name.partition("-")[0]))
-    return [
-        {
-            "num_scoring": worker._avl_requests.find(name).plan.num_scoring_rows,
-            "evicted": [layer.evicted for layer in worker.avl_report(name).layers],
+    found = []
+    for name in names:
+        report, plan = worker.avl_report(name), worker._avl_requests.find(name).plan
+        prompt = range(plan.num_prompt_tokens)
+        layers = {
+            "evicted": [layer.evicted for layer in report.layers],
+            "text": [
+                [[token for token in head if token in prompt] for head in layer.text]
+                for layer in report.layers
+            ],
+            "selected": [
+                [(one.num_tokens, one.core) for one in layer.history]
+                for layer in report.layers
+            ],
         }
-        for name in names
-    ]
+        counts = {
+            "num_scoring": plan.num_scoring_rows,
+            "num_refreshes": report.num_refreshes,
+        }
+        found.append(counts | layers)
+    return found
 
 
 def watch_drafts(llm: Any) -> dict[str, list[list[int]]]:
@@ -232,12 +253,14 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def result(llm: Any, answers: list[Any], args: argparse.Namespace) -> dict[str, Any]:
+def result(llm: Any, outputs: list[Any], args: argparse.Namespace) -> dict[str, Any]:
     """Collect what is printed."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    answers = [output.outputs[0] for output in outputs]
     report = {
         "versions": {name: version(name) for name in PACKAGES},
+        "hits": [output.num_cached_tokens for output in outputs],
         "tokens": [list(one.token_ids) for one in answers],
         "ran": describe(llm),
         "plugin_loaded": "AVL" in AttentionBackendEnum.__members__,
@@ -266,29 +289,38 @@ def check_blocks(llm: Any) -> None:
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Answer what the specification asks."""
-    args = parse(argv)
-    set_up(args)
-    text = sys.stdin.read() if args.spec == "-" else Path(args.spec).read_text()
-    spec = json.loads(text)
+def run(args: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any]:
+    """Answer what `spec` asks, and report."""
     requests = [{"family": "llava", **request} for request in spec["requests"]]
+    if not args.cpu and not args.gpu:
+        from standin import graphs
+
+        graphs.counts.clear()
     llm = start(args, spec.get("llm", {}))
     set_scales(llm, spec.get("scales", [1, 1, 1]))
     drafts = watch_drafts(llm)
-    answers = answer(llm, requests, args.logprobs)
-    report = result(llm, answers, args)
+    outputs = generate(llm, requests, args.logprobs)
+    report = result(llm, outputs, args)
     if args.alone:
         report["alone"] = [
             list(answer(llm, [request], False)[0].token_ids) for request in requests
         ]
-    if "speculative_config" in spec.get("llm", {}):
+    if spec.get("llm", {}).get("speculative_config"):
         report |= {"drafts": drafts, "num_accepted": num_accepted(llm)}
     report["orders"] = [
         answer_in_order(llm, requests, order) for order in spec.get("orders", [])
     ]
     check_blocks(llm)
-    print(json.dumps(report), flush=True)
+    llm.llm_engine.engine_core.shutdown()
+    return report
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Answer what the specification asks."""
+    args = parse(argv)
+    set_up(args)
+    text = sys.stdin.read() if args.spec == "-" else Path(args.spec).read_text()
+    print(json.dumps(run(args, json.loads(text))), flush=True)
 
 
 if __name__ == "__main__":

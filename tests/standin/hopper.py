@@ -9,6 +9,7 @@ or memory.
 
 Environment:
     STANDIN_FLASH=1: there is FlashAttention too, in plain torch: see `flash`.
+    STANDIN_ATTENTION=torch: vLLM's Triton attention in plain torch, see `attention`.
     STANDIN_COMPILE=1: interpret no kernel; compile each one launched for sm_90, with
         the arguments of the launch, and do not run it. Tokens are noise then; see
         `kernels.report`.
@@ -17,6 +18,7 @@ Environment:
 import os
 
 COMPILE_ONLY = os.environ.get("STANDIN_COMPILE", "") not in ("", "0")
+TORCH_ATTENTION = os.environ.get("STANDIN_ATTENTION", "") == "torch"
 FLASH = os.environ.get("STANDIN_FLASH", "") not in ("", "0")
 
 ENVIRONMENT = {
@@ -40,7 +42,17 @@ def set_environment() -> None:
 def install() -> None:
     """Put the stand-in into this process; the order is that of the imports."""
     set_environment()
-    from standin import cuda, flash, graphs, kernels, ops, platform, worker
+    from standin import (
+        attention,
+        cuda,
+        flash,
+        gdn,
+        graphs,
+        kernels,
+        ops,
+        platform,
+        worker,
+    )
 
     kernels.install(COMPILE_ONLY)
     cuda.install()
@@ -48,7 +60,12 @@ def install() -> None:
     graphs.install()
     ops.install()
     if FLASH:
+        # Layers import the back end.
         flash.install()
+    ops.use_torch_in_layers()
+    if TORCH_ATTENTION:
+        attention.install()
+    gdn.install()
     worker.install(COMPILE_ONLY)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import wraps
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
-from triton.runtime import driver, jit
+from triton.runtime import driver, interpreter, jit
 
 from benchmarks.testing.interpreted import interpreted_language
 
@@ -50,6 +54,43 @@ def install(compile_only: bool) -> None:
         raise RuntimeError("Triton was imported before TRITON_INTERPRET was set")
     else:
         language.enter_context(interpreted_language())
+        executor = interpreter.GridExecutor
+        executor.__call__ = with_given_arguments(executor.__call__)
+        interpreter.FunctionRewriter.ast_transformer = Loops()
+        interpreter.InterpreterBuilder.create_splat = splat
+
+
+class Loops(interpreter.ASTTransformer):
+    """Makes the variable of a loop a tensor, as it is where a kernel is compiled."""
+
+    def visit_For(self, node: ast.For) -> ast.AST:  # noqa: N802 - the name of a node
+        """Convert what is counted, if that is not unrolled."""
+        node = self.generic_visit(node)
+        if "static_range" not in ast.unparse(node.iter):
+            names = [ast.Name(name, ast.Load()) for name in ("map", "_implicit_cvt")]
+            node.iter = ast.Call(names[0], [names[1], node.iter], [])
+        return node
+
+
+def splat(self: Any, ret_ty: Any, arg: Any) -> interpreter.TensorHandle:
+    """Stand for the interpreter's, which makes integers of two compared scalars."""
+    data = np.full(ret_ty.shape, arg.data, arg.data.dtype)
+    return interpreter.TensorHandle(data, arg.dtype.scalar)
+
+
+def with_given_arguments(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an interpreted launch: a grid may look at and replace what it was given."""
+
+    @wraps(launch)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names = inspect.signature(self.fn).parameters
+        known = {name: value for name, value in kwargs.items() if name in names}
+        given = inspect.getcallargs(self.fn, *args, **known)
+        if callable(self.grid):
+            self.grid = self.grid(given)
+        return launch(self, **given)
+
+    return call
 
 
 def compile_launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any):

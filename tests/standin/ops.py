@@ -42,6 +42,23 @@ def install() -> None:
         define(f"{name}(int capability) -> bool", lambda capability: False)
 
 
+def use_torch_in_layers() -> None:
+    """Let layers that know no request run vLLM's own torch.
+
+    Kernels of the first one come with FlashAttention's. Interpreting those of the
+    others, a program for a token or two, takes most of a Qwen's time.
+    """
+    from vllm.model_executor.layers.layernorm import RMSNormGated
+    from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
+    from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
+    from vllm.model_executor.models import qwen3_vl
+
+    # Of the tower's positions.
+    qwen3_vl.HAS_TRITON = False
+    for layer in (ApplyRotaryEmb, MRotaryEmbedding, RMSNormGated):
+        layer.forward_cuda = layer.forward_native
+
+
 def define(schema: str, body: Callable[..., Any]) -> None:
     """Define the operator `_C::schema`."""
     name = _LIBRARY.define(schema)

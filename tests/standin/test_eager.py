@@ -8,6 +8,7 @@ from standin.asks import (
     FLASH,
     ON_FLASH,
     SPEC,
+    TORCH,
     answer_on_cpu,
     check,
     spec,
@@ -20,12 +21,17 @@ def expected(model):
     return answer_on_cpu(model)
 
 
+# KV connectors want a cache by heads, then by tokens; else it is the other way about.
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("runner", "lists"), [("v1", "none"), ("v2", "one")])
-def test_both_runners_answer_as_the_cpu_does(model, expected, runner, lists):
+@pytest.mark.parametrize(
+    ("runner", "lists", "layout"), [("v1", "none", "LBHNC"), ("v2", "one", "LBNHC")]
+)
+def test_both_runners_answer_as_the_cpu_does(model, expected, runner, lists, layout):
     options = ("--runner", runner, "--alone", *BACKEND)
-    report = generate(model, spec(lists), *options)
+    env = TORCH | {"VLLM_KV_CACHE_LAYOUT": layout}
+    report = generate(model, spec(lists), *options, **env)
     check(report, expected)
+    assert report["ran"]["layout"] == layout
     # In company and on one's own, cold and over one's own or another's prefix.
     assert report["alone"] == report["tokens"]
 

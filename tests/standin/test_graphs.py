@@ -7,6 +7,7 @@ from standin.asks import (
     FLASH,
     ON_FLASH,
     SPEC,
+    TORCH,
     answer_on_cpu,
     check,
     spec,
@@ -23,11 +24,11 @@ def expected(model):
 @pytest.mark.parametrize(
     ("runner", "lists"), [("v1", "one"), ("v2", "many"), ("v2", "none")]
 )
-def test_graphs_answer_as_the_cpu_does(model, expected, runner, lists):
+def test_graphs_answer_as_the_cpu_does(model, answer, expected, runner, lists):
     options = ("--runner", runner, *BACKEND)
     # All prompts in one step: behind it, every second one chooses core anew.
     settings = GRAPHS | {"max_num_batched_tokens": 2048}
-    report = generate(model, spec(lists, **settings), *options)
+    report = answer(model, spec(lists, **settings), *options, **TORCH)
     check(report, expected)
     assert report["graphs"]["replayed"] >= 4
 

@@ -92,3 +92,40 @@ OPERATORS = {
     "-> ()": rotary_embedding,
 }
 """By the schemas of vLLM's own."""
+
+
+def reshape_and_cache(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_cache_dtype: str,
+    k_scale: torch.Tensor,
+    v_scale: torch.Tensor,
+) -> None:
+    """Write rows into the cache; slots below zero are padding's.
+
+    Args:
+        key: [at least num_tokens, num_kv_heads, head_size].
+        value: as key.
+        key_cache: [num_blocks, block_size, num_kv_heads, head_size].
+        value_cache: as key_cache.
+        slot_mapping: [num_tokens].
+        kv_cache_dtype: the model's, or e4m3.
+        k_scale: [], what keys in e4m3 are multiples of.
+        v_scale: as k_scale.
+    """
+    assert kv_cache_dtype in ("auto", "fp8", "fp8_e4m3")
+    if kv_cache_dtype != "auto":
+        key, value = as_fp8(key, k_scale), as_fp8(value, v_scale)
+        key_cache, value_cache = (
+            cache.view(key.dtype) for cache in (key_cache, value_cache)
+        )
+    block_size = key_cache.shape[1]
+    is_padding = (slot_mapping < 0)[:, None, None]
+    slots = slot_mapping.clamp(min=0)
+    where = slots // block_size, slots % block_size
+    for cache, rows in ((key_cache, key), (value_cache, value)):
+        # The null block keeps its first row.
+        cache[where] = torch.where(is_padding, cache[0, 0], rows[: len(slots)])

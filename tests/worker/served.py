@@ -116,21 +116,23 @@ class OnTriton:
         return self.cache.keys, self.cache.values
 
     def attend(self, rows, stored, seq_lens, query, output):
+        starts = torch.tensor([0, len(query)], dtype=torch.int32)
         common = SimpleNamespace(
             num_reqs=1,
             block_table_tensor=stored,
             seq_lens=seq_lens,
-            query_start_loc=torch.tensor([0, len(query)], dtype=torch.int32),
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
         )
         in_graph = rows.is_attended & rows.of["in_graph"]
         if rows.in_pass.any():
             rows.step.num_entered = self.num_entered
         listed = []
         if len(query) == 1:
-            listed.append(whole_step(self.in_graph, common, rows, in_graph))
+            listed.append(whole_step(self.in_graph, common, rows, in_graph, 1))
         if (rows.is_attended & ~in_graph).any():
             found = rows.is_attended & ~in_graph
-            listed.append(some_rows(self.beside, common, rows, found))
+            listed.append(some_rows(self.beside, common, rows, found, 1))
         for one in listed:
             one.attend(self.cache, query, output)
         return bool(listed)
@@ -225,8 +227,8 @@ class Served:
         torch.manual_seed(self.length)
         query = torch.randn(num_new, NUM_HEADS, HEAD_SIZE)
         self.append(before, self.length)
-        step = self.requests.begin({"r": before}, {"r": num_new}, lambda _: ["r"])
-        rows, table = step.rows(None), self.table.unsqueeze(0)
+        step = self.requests.begin({"r": before}, {"r": num_new}, lambda: ["r"])
+        rows, table = step.rows(), self.table.unsqueeze(0)
         stored = stored_table(rows, table, BLOCK_SIZE)
         in_front = int(rows.first_block[0]) * BLOCK_SIZE
         seq_lens = torch.tensor([self.length - in_front], dtype=torch.int32)

@@ -59,7 +59,7 @@ class Worker:
         return self.requests.begin(
             {name: old for name, old, _ in spans},
             {name: new for name, _, new in spans},
-            lambda common: [name for name, *_ in spans],
+            lambda: [name for name, *_ in spans],
         )
 
     def take(self, *spans, num_padded=0):
@@ -75,7 +75,7 @@ class View:
 
     def __init__(self, worker, step, spans, num_padded=0):
         self.block_size = worker.block_size
-        self.step, self.rows = step, step.rows(None)
+        self.step, self.rows = step, step.rows()
         num_rows, width = len(spans) + num_padded, 64 * worker.per_block
         ids = torch.arange(1, 1 + width * num_rows, dtype=torch.int32)
         self.table = ids.flip(0).view(num_rows, width).clone()

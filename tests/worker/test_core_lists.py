@@ -33,7 +33,7 @@ def worker_of(*names, kernels=CUDA_KERNELS, **settings):
 
 def selected(worker, *spans):
     """What each row of a step reads."""
-    rows = worker.begin(*spans).rows(None)
+    rows = worker.begin(*spans).rows()
     return select(rows, rows.is_attended).T.tolist()
 
 
@@ -133,14 +133,15 @@ def common_of(*query_lens, num_padded=0):
         block_table_tensor=torch.arange(32, dtype=torch.int32).view(4, 8),
         seq_lens=torch.tensor([700, 710, 720, 730], dtype=torch.int32)[: len(lens)],
         query_start_loc=starts,
+        query_start_loc_cpu=starts,
     )
 
 
 def test_a_step_of_decode_rows_is_attended_whole_from_buffers_that_stay():
     worker, ours = worker_of("r"), lists_of()
-    rows = worker.begin(("stock", 50, 1), ("r", PROMPT, 1)).rows(None)
+    rows = worker.begin(("stock", 50, 1), ("r", PROMPT, 1)).rows()
     common = common_of(1, 1, num_padded=1)
-    whole = whole_step(ours, common, rows, rows.is_attended)
+    whole = whole_step(ours, common, rows, rows.is_attended, 1)
     assert whole.tokens is None
     ordinary = [STORED, LISTED, 0, STORED, 0]
     assert whole.selections.T.tolist() == [NOTHING, ordinary, NOTHING]
@@ -149,16 +150,16 @@ def test_a_step_of_decode_rows_is_attended_whole_from_buffers_that_stay():
     assert whole.selections.data_ptr() == ours.selections.data_ptr()
     assert whole.block_table.data_ptr() == common.block_table_tensor.data_ptr()
     assert whole.seq_lens.data_ptr() == common.seq_lens.data_ptr()
-    nothing = whole_step(ours, common, None, np.zeros(0, np.bool_))
+    nothing = whole_step(ours, common, None, np.zeros(0, np.bool_), 1)
     assert not ours.selections[:, :3].any()
     assert nothing.chooses
 
 
 def test_rows_of_another_list_read_all_of_a_whole_step():
     worker = worker_of("r", "other")
-    rows = worker.begin(("other", PROMPT, 1), ("r", PROMPT + 2, 1)).rows(None)
+    rows = worker.begin(("other", PROMPT, 1), ("r", PROMPT + 2, 1)).rows()
     found = rows.is_attended & np.array([False, True])
-    whole = whole_step(lists_of(), common_of(1, 1), rows, found)
+    whole = whole_step(lists_of(), common_of(1, 1), rows, found, 1)
     assert whole.selections.T.tolist() == [NOTHING, [0, 0, 1, STORED, LISTED]]
 
 
@@ -166,9 +167,9 @@ def test_of_a_mixed_step_only_rows_with_core_are_ours():
     worker = worker_of("r")
     worker.give("stored")
     spans = ("prompt", 0, 5), ("r", PROMPT + 2, 1), ("stored", PROMPT, 1)
-    rows = worker.begin(*spans).rows(None)
+    rows = worker.begin(*spans).rows()
     assert rows.is_attended.tolist() == [False, True, False]
-    some = some_rows(lists_of(), common_of(5, 1, 1), rows, rows.is_attended)
+    some = some_rows(lists_of(), common_of(5, 1, 1), rows, rows.is_attended, 1)
     assert some.tokens.tolist() == [5]
     assert some.seq_lens.tolist() == [710]
     assert some.query_start_loc.tolist() == [0, 1]
@@ -180,8 +181,8 @@ def test_of_a_mixed_step_only_rows_with_core_are_ours():
 def test_several_rows_of_a_mixed_step_are_found_where_they_lie():
     worker = worker_of("a", "b")
     spans = ("a", PROMPT, 1), ("prompt", 0, 7), ("b", PROMPT + 2, 1)
-    rows = worker.begin(*spans).rows(None)
-    some = some_rows(lists_of(), common_of(1, 7, 1), rows, rows.is_attended)
+    rows = worker.begin(*spans).rows()
+    some = some_rows(lists_of(), common_of(1, 7, 1), rows, rows.is_attended, 1)
     assert some.tokens.tolist() == [0, 8]
     assert some.seq_lens.tolist() == [700, 720]
     assert some.query_start_loc.tolist() == [0, 1, 2]
@@ -190,20 +191,58 @@ def test_several_rows_of_a_mixed_step_are_found_where_they_lie():
     assert some.selections.T.tolist() == [ordinary, [0, 0, 1, STORED, LISTED]]
 
 
+def drafting(worker, **spans):
+    """A step of requests with so many tokens, all but the first of them drafts."""
+    computed = {name: first for name, (first, _) in spans.items()}
+    lengths = {name: length for name, (_, length) in spans.items()}
+    drafts = {name: length - 1 for name, length in lengths.items() if length > 1}
+    return worker.requests.begin(computed, lengths, lambda: list(spans), drafts).rows()
+
+
+def test_drafts_read_what_the_token_in_front_of_them_does_and_do_not_score():
+    worker = worker_of("a", "b", "c")
+    spans = {"a": (PROMPT, 4), "b": (PROMPT + 2, 3), "c": (PROMPT + 2, 1)}
+    rows = drafting(worker, **spans)
+    whole = whole_step(lists_of(), common_of(4, 3, 1), rows, rows.is_attended, 4)
+    assert whole.max_query_len == 4
+    assert whole.tokens is None
+    assert whole.query_start_loc.tolist() == [0, 4, 7, 8]
+    assert whole.selections.T.tolist() == [
+        [STORED, LISTED, 0, STORED, 0],
+        [0, 0, 3, STORED, LISTED],
+        [0, 0, 1, STORED, LISTED],
+    ]
+    assert not rows.step.has_work
+
+
+def test_drafts_in_a_mixed_step_are_found_behind_their_token():
+    worker = worker_of("a", "b")
+    spans = {"a": (PROMPT, 3), "prompt": (0, 7), "b": (PROMPT + 2, 2)}
+    rows = drafting(worker, **spans)
+    some = some_rows(lists_of(), common_of(3, 7, 2), rows, rows.is_attended, 4)
+    assert some.tokens.tolist() == [0, 1, 2, 10, 11]
+    assert some.query_start_loc.tolist() == [0, 3, 5]
+    assert some.query_start_loc.dtype == torch.int32
+    assert some.seq_lens.tolist() == [700, 720]
+    assert some.max_query_len == 4
+    ordinary = [STORED, LISTED, 0, STORED, 0]
+    assert some.selections.T.tolist() == [ordinary, [0, 0, 2, STORED, LISTED]]
+
+
 def test_a_mixed_step_that_chooses_nothing_launches_no_choice():
     worker = worker_of("r")
     for span, chooses in ((("r", PROMPT, 1), False), (("r", PROMPT + 2, 1), True)):
-        rows = worker.begin(("prompt", 0, 5), span).rows(None)
-        some = some_rows(lists_of(), common_of(5, 1), rows, rows.is_attended)
+        rows = worker.begin(("prompt", 0, 5), span).rows()
+        some = some_rows(lists_of(), common_of(5, 1), rows, rows.is_attended, 1)
         assert some.chooses is chooses
 
 
 def test_a_choice_of_others_launches_none():
     worker = worker_of("r")
     worker.give("h2o", **CORE, policy="h2o")
-    rows = worker.begin(("r", PROMPT + 2, 1), ("h2o", PROMPT + 2, 1)).rows(None)
+    rows = worker.begin(("r", PROMPT + 2, 1), ("h2o", PROMPT + 2, 1)).rows()
     found = np.array([False, True])
-    assert not some_rows(lists_of(), common_of(1, 1), rows, found).chooses
+    assert not some_rows(lists_of(), common_of(1, 1), rows, found, 1).chooses
 
 
 @pytest.mark.parametrize(
@@ -225,7 +264,7 @@ def test_a_choice_of_others_launches_none():
 def test_whose_core_full_graphs_read(num_lists, settings, in_graph):
     worker = Worker(Kernels(choose_core=True, num_lists=num_lists))
     worker.give("r", plan_of(**settings))
-    rows = worker.begin(("r", PROMPT, 1)).rows(None)
+    rows = worker.begin(("r", PROMPT, 1)).rows()
     assert rows.of["in_graph"].tolist() == [in_graph]
     assert rows.step.has_work is not in_graph
 

@@ -91,6 +91,7 @@ def test_rows_of_our_kernel(is_quantised, tokens):
             caches.blocks[None],
             torch.tensor([NUM_TOKENS], dtype=torch.int32),
             torch.tensor([0, 1], dtype=torch.int32),
+            1,
             # From slot 48 on, 9 listed ones, scored.
             torch.tensor([[48], [9], [1], [0], [0]], dtype=torch.int32),
             chooses=False,

@@ -40,7 +40,7 @@ def ending_beside_another():
 
 
 def test_a_prompts_scoring_rows_attend_to_nothing_else():
-    rows = ending_beside_another().rows(None)
+    rows = ending_beside_another().rows()
     left = leave_scoring_rows(rows, common_of([1, 500], [51, 600]))
     assert left.query_start_loc.tolist() == [0, 1, 482, 501]
     assert left.seq_lens.tolist() == [51, 581, 19]
@@ -48,7 +48,7 @@ def test_a_prompts_scoring_rows_attend_to_nothing_else():
 
 
 def test_what_a_draft_model_takes_in_besides_lies_behind_them():
-    rows = ending_beside_another().repeated(1).rows(None)
+    rows = ending_beside_another().repeated(1).rows()
     common = common_of([2, 501], [52, 601])
     left = leave_scoring_rows(rows, common)
     assert left.query_start_loc.tolist() == [0, 2, 483, 502, 503]
@@ -59,14 +59,14 @@ def test_what_a_draft_model_takes_in_besides_lies_behind_them():
 def test_a_repeated_step_scores_by_the_same_tokens():
     step = ending_beside_another()
     table = torch.arange(60, dtype=torch.int32).view(2, 30)
-    (task,) = make_tasks(step.rows(None), table, table, [0, 1, 501], BLOCK_SIZE)
+    (task,) = make_tasks(step.rows(), table, table, [0, 1, 501], BLOCK_SIZE)
     again = step.repeated(1)
-    (repeated,) = make_tasks(again.rows(None), table, table, [0, 2, 503], BLOCK_SIZE)
+    (repeated,) = make_tasks(again.rows(), table, table, [0, 2, 503], BLOCK_SIZE)
     assert (task.query_end, task.num_tokens) == (501, PROMPT)
     assert (repeated.query_end, repeated.num_tokens) == (502, PROMPT)
     assert (task.is_drafter, repeated.is_drafter) == (False, True)
     shifted = step.repeated(0)
-    (repeated,) = make_tasks(shifted.rows(None), table, table, [0, 1, 501], BLOCK_SIZE)
+    (repeated,) = make_tasks(shifted.rows(), table, table, [0, 1, 501], BLOCK_SIZE)
     assert repeated.query_end == 501
 
 
@@ -74,9 +74,7 @@ def drafting(worker, num_computed, num_drafts, num_certain=1):
     """A step with drafts behind a request's certain tokens."""
     scheduled = {"r": num_certain + num_drafts}
     drafts = {"r": num_drafts} if num_drafts else {}
-    return worker.requests.begin(
-        {"r": num_computed}, scheduled, lambda common: ["r"], drafts
-    )
+    return worker.requests.begin({"r": num_computed}, scheduled, lambda: ["r"], drafts)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +128,7 @@ def test_a_step_with_drafts_scores_by_its_first_token():
     worker = Worker()
     worker.give("r", **CORE)
     step = drafting(worker, PROMPT + 2, 3)
-    rows, table = step.rows(None), torch.arange(30, dtype=torch.int32).view(1, 30)
+    rows, table = step.rows(), torch.arange(30, dtype=torch.int32).view(1, 30)
     (task,) = make_tasks(rows, table, table, [0, 4], BLOCK_SIZE)
     assert (task.refreshes, task.attended) == (True, True)
     assert (task.last, task.query_end, task.num_tokens) == (0, 1, PROMPT + 3)
@@ -146,7 +144,7 @@ def test_a_replay_over_a_shared_prompt_scores_by_its_last_token():
     worker.give("r", **CORE)
     records, seat = worker.requests.seats.records, worker.requests.running["r"].seat
     records["shares"][seat] = True
-    rows = drafting(worker, PROMPT, 0, num_certain=4).rows(None)
+    rows = drafting(worker, PROMPT, 0, num_certain=4).rows()
     table = torch.arange(30, dtype=torch.int32).view(1, 30)
     starts, seq_lens = torch.tensor([0, 4]), np.array([300], np.int32)
     attended = _attended(rows, table, seq_lens, starts).rows
@@ -164,7 +162,7 @@ def test_text_ages_by_what_is_certain():
     assert state.num_aged_blocks == 0
     step = drafting(worker, due - 1, 3)
     table = torch.arange(60, dtype=torch.int32).view(1, 60)
-    (task,) = make_tasks(step.rows(None), table, table, [0, 4], BLOCK_SIZE)
+    (task,) = make_tasks(step.rows(), table, table, [0, 4], BLOCK_SIZE)
     assert (task.num_aged, task.num_tokens) == (BLOCK_SIZE, due)
     step.end()
     assert state.num_aged_blocks == 1

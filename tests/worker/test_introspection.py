@@ -338,18 +338,18 @@ def test_the_first_tokens_of_a_step_are_looked_up_by_name():
     spans = {"a": 22, "stock": 5, "c": 0}
     asked = []
 
-    def row_ids(common):
-        asked.append(common)
+    def row_ids():
+        asked.append("rows")
         return ["c", "stock", "a"]
 
     step = requests.begin(spans, {"a": 1, "stock": 1, "c": 22}, row_ids)
-    rows = step.rows("common")
+    rows = step.rows()
     assert rows.first_block.tolist() == [0, 0, 2]
     assert rows.num_private.tolist() == [0, 0, 3]
     assert rows.with_python == [(0, 1)]
     assert step.state(1) is requests.running["c"]
-    assert step.rows(None) is rows
-    assert asked == ["common"]
+    assert step.rows() is rows
+    assert asked == ["rows"]
 
 
 def test_a_step_without_adaptive_requests_is_none():

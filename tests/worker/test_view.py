@@ -376,9 +376,9 @@ def test_a_table_may_be_narrower_than_somebodys_private_blocks():
     private = worker.give("r", plan_of(130, ((5, 100),)))
     step = worker.begin(("r", 130, 1))
     table = torch.arange(5, dtype=torch.int32).unsqueeze(0)
-    stored = stored_table(step.rows(None), table, BLOCK_SIZE)
+    stored = stored_table(step.rows(), table, BLOCK_SIZE)
     sizes = BLOCK_SIZE, table.shape[1]
-    assert torch.equal(stored_table_on_cpu(step.rows(None), table, *sizes), stored)
+    assert torch.equal(stored_table_on_cpu(step.rows(), table, *sizes), stored)
     assert stored[0, :4].tolist() == [*private, 4]
 
 
@@ -387,9 +387,9 @@ def test_what_lies_behind_a_table_is_not_looked_up():
     private = worker.give("r")
     step = worker.begin(("r", PROMPT, 1))
     table = torch.arange(19, dtype=torch.int32).unsqueeze(0)
-    stored = stored_table(step.rows(None), table, BLOCK_SIZE)
+    stored = stored_table(step.rows(), table, BLOCK_SIZE)
     sizes = BLOCK_SIZE, table.shape[1]
-    assert torch.equal(stored_table_on_cpu(step.rows(None), table, *sizes), stored)
+    assert torch.equal(stored_table_on_cpu(step.rows(), table, *sizes), stored)
     assert stored.shape == table.shape
     assert stored[0].tolist() == [*private, *[18] * 9]
 
@@ -432,8 +432,8 @@ def test_rows_may_come_in_any_order_of_names():
     worker = Worker()
     private = {name: worker.give(name) for name in "abc"}
     step = worker.begin(("a", PROMPT, 1), ("b", PROMPT, 1), ("c", PROMPT, 1))
-    step.row_ids = lambda common: ["c", "stock", "a", "b"]
-    rows = step.rows(None)
+    step.row_ids = lambda: ["c", "stock", "a", "b"]
+    rows = step.rows()
     table = torch.arange(100, dtype=torch.int32).view(4, 25)
     stored = stored_table(rows, table, BLOCK_SIZE)
     narrow = stored_table_on_cpu(rows, table, BLOCK_SIZE, 20)
@@ -541,4 +541,4 @@ def test_tasks_are_made_without_a_number_of_tokens_where_there_is_no_work():
     worker.give("r", **CORE)
     step = worker.begin(("r", PROMPT, 1))
     table = torch.zeros(1, 30, dtype=torch.int32)
-    assert make_tasks(step.rows(None), table, table, (), BLOCK_SIZE) == []
+    assert make_tasks(step.rows(), table, table, (), BLOCK_SIZE) == []

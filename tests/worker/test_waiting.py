@@ -85,8 +85,8 @@ def answer(policy, cache, num_copied=0, lengths=range(PROMPT, PROMPT + 60), **se
     table = torch.arange(32, dtype=torch.int32, device=DEVICE).unsqueeze(0)
     for num_computed in (0, *lengths):
         num_new = 1 if num_computed else PROMPT
-        step = requests.begin({"r": num_computed}, {"r": num_new}, lambda _: ["r"])
-        rows = step.rows(None)
+        step = requests.begin({"r": num_computed}, {"r": num_new}, lambda: ["r"])
+        rows = step.rows()
         stored = stored_table(rows, table, BLOCK_SIZE)
         query = torch.rand(num_new, NUM_HEADS, HEAD_SIZE, device=DEVICE)
         for task in make_tasks(rows, table, stored, [0, num_new], BLOCK_SIZE):

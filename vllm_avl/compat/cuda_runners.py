@@ -8,9 +8,16 @@ from typing import Any
 
 from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilder
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
+from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import (
+    StandaloneARSpeculator,
+)
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import (
+    TargetDependentARSpeculator,
+)
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_avl.compat.seam import Patch, Seam
+from vllm_avl.worker.drafts import continue_the_step, repeat_the_step
 from vllm_avl.worker.step import current_step
 
 
@@ -20,14 +27,21 @@ def has_work() -> bool:
     return step is not None and step.has_work
 
 
-def gather_as_mixed(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the V2 runner's gathering of a batch: such a step is no uniform decode."""
+def gather_for_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the V2 runner's gathering of a batch: whose its rows are.
+
+    A step with work is no uniform decode.
+    """
 
     @functools.wraps(original)
     def gather_batch_req_state(
         self: Any, scheduler_output: Any, dummy_run: bool
     ) -> tuple[Any, int | None]:
         state, uniform_token_count = original(self, scheduler_output, dummy_run)
+        step = current_step()
+        if step is not None:
+            # Metadata says so too, but not that of models with recurrent states.
+            step.row_ids = lambda: state.req_ids
         return state, None if has_work() else uniform_token_count
 
     return gather_batch_req_state
@@ -63,9 +77,10 @@ PATCHES = (
         GPUModelRunnerV2,
         "gather_batch_req_state",
         ("self", "scheduler_output", "dummy_run"),
-        "a full CUDA graph would skip what has to be done after attention",
-        wrap=gather_as_mixed,
-        until="metadata builders can veto a full graph for one step",
+        "a full CUDA graph would skip what has to be done after attention; a batch's "
+        "metadata need not say whose its rows are",
+        wrap=gather_for_step,
+        until="metadata builders can veto a full graph for one step, and know requests",
     ),
     Patch(
         GPUModelRunner,
@@ -87,5 +102,52 @@ PATCHES = (
         "a full CUDA graph would skip what has to be done after attention",
         wrap=dispatch_as_mixed,
         until="metadata builders can veto a full graph for one step",
+    ),
+    Patch(
+        StandaloneARSpeculator,
+        "_prefill",
+        (
+            "self",
+            "input_batch",
+            "num_rejected",
+            "last_sampled",
+            "num_reqs",
+            "skip_attn",
+            "num_tokens_across_dp",
+        ),
+        "metadata builders are not told that a draft model's first pass begins",
+        wrap=repeat_the_step,
+        until="runner V2 builds a drafter's metadata by build_for_drafting",
+    ),
+    Patch(
+        StandaloneARSpeculator,
+        "_multi_step_decode",
+        (
+            "self",
+            "input_batch",
+            "num_rejected",
+            "num_reqs",
+            "skip_attn",
+            "num_tokens_across_dp",
+        ),
+        "nor that it goes on",
+        wrap=continue_the_step,
+        until="runner V2 builds a drafter's metadata by build_for_drafting",
+    ),
+    Patch(
+        TargetDependentARSpeculator,
+        "_multi_step_decode",
+        (
+            "self",
+            "num_reqs",
+            "skip_attn",
+            "batch_desc",
+            "num_tokens_across_dp",
+            "seq_lens_cpu_upper_bound",
+            "num_speculative_steps",
+        ),
+        "nor that other drafters do, whose first pass has the step's own metadata",
+        wrap=continue_the_step,
+        until="runner V2 builds a drafter's metadata by build_for_drafting",
     ),
 )

@@ -19,7 +19,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager
 
-from vllm_avl.compat import platform
+from vllm_avl.compat import offloading, platform
 from vllm_avl.compat.seam import Patch, Seam, mismatches_of, unmet_by
 from vllm_avl.front_end import asks, picture_cache, responses
 from vllm_avl.front_end import requests as front_end
@@ -145,6 +145,7 @@ SEAMS: tuple[Seam, ...] = (
         "an answer that saw less than all must not be shared by other cache groups",
     ),
     Seam(FullAttentionManager, "new_step_starts", ("self",), "settled blocks go first"),
+    *offloading.SEAMS,
 )
 
 PATCHES: tuple[Patch, ...] = (

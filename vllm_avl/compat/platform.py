@@ -18,6 +18,7 @@ from vllm_avl.drafters import ADAPTED_DRAFTERS, check_drafts
 from vllm_avl.support import (
     NAME,
     OFFLOADING,
+    SIMPLE_OFFLOADING,
     check_attention,
     check_base,
     check_config,
@@ -121,6 +122,24 @@ def choose_base(original: Callable[..., str]) -> classmethod:
     return classmethod(get_attn_backend_cls)
 
 
+def leave_to_stock(original: Callable[..., type]) -> Callable[..., type]:
+    """Wrap `get_attn_backend`: a layer gets what stock would choose for it."""
+
+    @functools.wraps(original)
+    def get_attn_backend(*args: Any, **kwargs: Any) -> type:
+        vllm_config = get_current_vllm_config()
+        if not is_chosen(vllm_config):
+            return original(*args, **kwargs)
+        attention = vllm_config.attention_config
+        ours, attention.backend = attention.backend, None
+        try:
+            return original(*args, **kwargs)
+        finally:
+            attention.backend = ours
+
+    return get_attn_backend
+
+
 def find_base(
     attention: str, valid: Iterable[Any], invalid: Mapping[Any, tuple[int, list[str]]]
 ) -> AttentionBackendEnum:
@@ -151,7 +170,7 @@ def offloading_connector(cache_config: CacheConfig) -> str | None:
         return None
     if cache_config.kv_offloading_backend != "native":
         return cache_config.kv_offloading_backend
-    return OFFLOADING if envs.VLLM_USE_SIMPLE_KV_OFFLOAD else "OffloadingConnector"
+    return SIMPLE_OFFLOADING if envs.VLLM_USE_SIMPLE_KV_OFFLOAD else OFFLOADING
 
 
 def update_config(original: Callable[..., None]) -> classmethod:

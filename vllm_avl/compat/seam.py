@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 
@@ -16,7 +17,7 @@ from typing import Any
 class Seam:
     """A function of vLLM that a subclass of ours overrides or calls."""
 
-    owner: type
+    owner: type | ModuleType
     name: str
     parameters: tuple[str, ...]
     why: str

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 
+from vllm.model_executor.layers.attention import chunked_local_attention
 from vllm.platforms import current_platform
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_avl.compat.platform import leave_to_stock
 from vllm_avl.compat.seam import Patch, Seam, mismatches_of, unmet_by
 from vllm_avl.support import refuse_vllm
 from vllm_avl.worker.counted import CountedOutput
@@ -52,6 +54,27 @@ PATCHES: tuple[Patch, ...] = (
         "which in several axes lies in front: in blocks that we have given back",
         wrap=place_by_length,
         until="vLLM places a draft's rows by their number",
+    ),
+    Patch(
+        chunked_local_attention,
+        "get_attn_backend",
+        (
+            "head_size",
+            "dtype",
+            "kv_cache_dtype",
+            "use_mla",
+            "has_sink",
+            "use_sparse",
+            "use_mm_prefix",
+            "use_per_head_quant_scales",
+            "attn_type",
+            "num_heads",
+            "has_sliding_window",
+        ),
+        "a layer that sees a chunk of the text says so to nobody who chooses its back "
+        "end, and would get the one that was asked for",
+        wrap=leave_to_stock,
+        until="back ends are chosen by whether a layer is local, as by its window",
     ),
 )
 OURS: tuple[type, ...] = (CountedOutput,)

@@ -13,6 +13,7 @@ class Stock(StrEnum):
 
     POOLING = "pooling"
     ONE_TOKEN = "one_token"
+    REMOTE_DECODE = "remote_decode"
     STREAMING_INPUT = "streaming_input"
     OFF = "off"
     NO_VISION = "no_vision"
@@ -54,6 +55,7 @@ COUNTERS = (
     Metric(
         "requests_left_alone",
         "Requests served exactly as stock. reason: pooling, one_token (max_tokens 1), "
+        "remote_decode (another server reads the prompt's blocks by a KV connector), "
         "streaming_input, off (avl 0, or several answers), no_vision, policy_full, "
         "nothing_to_save (too few vision tokens for these ratios), no_pressure "
         "(engage: pressure, and the pool has room), no_room (a KV connector reads the "
@@ -87,7 +89,7 @@ COUNTERS = (
     ),
     Metric(
         "seconds",
-        "Host seconds of the first worker, besides attention. stage: scoring (the "
+        "Host seconds of one worker, besides attention. stage: scoring (the "
         "prompt), compaction (ranking, copying), refresh, text_eviction.",
         Stage,
     ),
@@ -105,8 +107,8 @@ GAUGES = (
         "KV blocks that these requests would hold without eviction; a prompt that "
         "several share counts once.",
     ),
-    Metric("kv_bytes_held", "kv_blocks_held in bytes, on one tensor-parallel rank."),
-    Metric("kv_bytes_stock", "kv_blocks_stock in bytes, on one tensor-parallel rank."),
+    Metric("kv_bytes_held", "kv_blocks_held in bytes, on one worker."),
+    Metric("kv_bytes_stock", "kv_blocks_stock in bytes, on one worker."),
     Metric(
         "engaged",
         "1 while new requests are adapted; with engage: pressure, 0 while the pool "

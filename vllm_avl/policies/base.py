@@ -69,6 +69,8 @@ class Policy(ABC):
     KV head; unless `per_head`, the template reduces these scores over all heads."""
     ranks_attention: ClassVar[bool] = False
     """Whether the attention over all heads is the score, so that kernels may rank."""
+    spans_layers: ClassVar[bool] = False
+    """Whether a layer's ranking needs another layer's, through the view's `memo`."""
     refreshes: ClassVar[bool] = True
     """Whether core is selected anew during the answer."""
     adapts: ClassVar[bool] = True

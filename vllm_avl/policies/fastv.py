@@ -22,6 +22,7 @@ class FastVPolicy(Policy):
     """
 
     refreshes: ClassVar[bool] = False
+    spans_layers: ClassVar[bool] = True
 
     def score(self, view: TokenView) -> torch.Tensor:
         """Score by the attention of the second adapted layer, in it and behind it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
+from vllm import SamplingParams
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.request import Request
 
@@ -40,10 +41,9 @@ def plan_request(
     params = request.sampling_params
     if params is None:
         return Stock.POOLING
-    if params.max_tokens == 1:
-        return Stock.ONE_TOKEN
-    if request.resumable:
-        return Stock.STREAMING_INPUT
+    kind = _stock_by_kind(request, params)
+    if kind is not None:
+        return kind
     settings = settings_of_request(params.extra_args, config)
     if settings is None:
         return Stock.OFF
@@ -72,6 +72,15 @@ def plan_request(
         request.num_prompt_tokens + request.max_tokens,
     )
     return Stock.NOTHING_TO_SAVE if plan is None else plan
+
+
+def _stock_by_kind(request: Request, params: SamplingParams) -> Stock | None:
+    """Say why a request is never adapted, whatever its settings are."""
+    if params.max_tokens == 1:
+        return Stock.ONE_TOKEN
+    if (request.kv_transfer_params or {}).get("do_remote_decode"):
+        return Stock.REMOTE_DECODE
+    return Stock.STREAMING_INPUT if request.resumable else None
 
 
 def vision_ranges(request: Request) -> list[tuple[int, int]]:

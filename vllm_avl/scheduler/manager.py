@@ -20,6 +20,8 @@ class Adapted:
 
     request: Request
     plan: Plan
+    loads: bool = False
+    """Whether blocks are allocated for what a connector brings, and no step is."""
     ends: bool = False
     """Whether the step that ends the prompt has been allocated."""
     private: list[KVCacheBlock] = field(default_factory=list)
@@ -67,6 +69,11 @@ class AVLManager(FullAttentionManager):
         known = self.adapted.get(request_id)
         return None if known is None else known.plan
 
+    @property
+    def ending(self) -> tuple[str, ...]:
+        """Requests whose prompt ends in the step that is being scheduled."""
+        return tuple(self._ending)
+
     def admit(self, request: Request, plan: Plan) -> None:
         """Hold `request` to `plan` until its blocks are freed."""
         self.adapted[request.request_id] = Adapted(request, plan)
@@ -74,6 +81,12 @@ class AVLManager(FullAttentionManager):
     def leave_alone(self, request_id: str) -> None:
         """Forget a plan under which nothing has happened yet."""
         self.adapted.pop(request_id, None)
+
+    def expect(self, request_id: str, loads: bool) -> None:
+        """Note whether a KV connector loads blocks of `request_id` between steps."""
+        known = self.adapted.get(request_id)
+        if known is not None:
+            known.loads = loads
 
     # A request's blocks, step by step.
 
@@ -113,7 +126,7 @@ class AVLManager(FullAttentionManager):
     ) -> list[KVCacheBlock]:
         """Allocate, and take the private blocks that were counted."""
         new = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
-        if self._ends_at(request_id, num_tokens):
+        if self._ends_at(request_id, num_tokens) and not self.adapted[request_id].loads:
             self.adapted[request_id].ends = True
             self._ending.append(request_id)
         if self.copies_shared:

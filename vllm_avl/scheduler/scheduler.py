@@ -18,6 +18,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import (
+    OffloadingConnector,
+)
 from vllm.platforms import current_platform
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -44,6 +47,7 @@ from vllm_avl.metrics.summary import describe_blocks, describe_settings
 from vllm_avl.plan import Plan, limit_chunk
 from vllm_avl.scheduler.admission import plan_request
 from vllm_avl.scheduler.manager import AVLManager
+from vllm_avl.scheduler.offloading import let_blocks_go_early
 from vllm_avl.scheduler.pressure import Pressure
 from vllm_avl.scheduler.spec import our_group
 from vllm_avl.support import last_chunk
@@ -65,14 +69,17 @@ class _Adaptive(Scheduler):
         assert isinstance(manager, AVLManager)
         self._avl_manager = manager
         share_prompts_only(self.kv_cache_manager.coordinator, manager)
-        retain_in_front_of_scoring(self._avl_groups, last_chunk(self._avl_config))
+        num_scoring = last_chunk(self._avl_config)
+        retain_in_front_of_scoring(self._avl_groups, num_scoring)
         # Kernels find what they know of a row by its place in the pool.
         manager.copies_shared = current_platform.is_cuda()
         # It saves what lies there when the layers have run.
         manager.writes_prompts = self.connector is None
         if self.connector is not None:
-            limit_external_hits(self.connector, self._limited)
+            limit_external_hits(self.connector, self._limited, manager)
             choose_targets_before(self.connector, manager)
+        if isinstance(self.connector, OffloadingConnector):
+            let_blocks_go_early(self.connector.scheduler, manager, num_scoring)
         # Rows of a picture that attend to all of it do not score.
         self._avl_whole_pictures = (
             self.scheduler_config.disable_chunked_mm_input
@@ -122,6 +129,7 @@ class _Adaptive(Scheduler):
         self, request: Request, num_hit_tokens: int, window_loaded: bool
     ) -> int:
         # A connector may bring the rows that score: they are computed again.
+        self._avl_manager.expect(request.request_id, loads=False)
         replayed = super()._mark_prefix_replay(request, num_hit_tokens, window_loaded)
         plan = self._avl_manager.plan_of(request.request_id)
         if plan is None:
@@ -274,11 +282,14 @@ class AVLAsyncScheduler(_Adaptive, AsyncScheduler):
 
 
 def limit_external_hits(
-    connector: KVConnectorBase_V1, limited: Callable[[Request], Request]
+    connector: KVConnectorBase_V1,
+    limited: Callable[[Request], Request],
+    manager: AVLManager,
 ) -> None:
     """Let a connector find what the prefix cache may find, where it goes by hashes.
 
-    A load that crossed a prompt's end would end it in a step that computes nothing.
+    One that goes by what a request says may load all of its prompt, between steps. That
+    ends no prompt: the rows that score are computed behind it.
     """
     original = connector.get_num_new_matched_tokens
 
@@ -286,7 +297,10 @@ def limit_external_hits(
     def get_num_new_matched_tokens(
         request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        return original(limited(request), num_computed_tokens)
+        view = limited(request)
+        num_tokens, between_steps = original(view, num_computed_tokens)
+        manager.expect(request.request_id, loads=between_steps)
+        return num_tokens, between_steps
 
     connector.get_num_new_matched_tokens = (  # type: ignore[method-assign]
         get_num_new_matched_tokens

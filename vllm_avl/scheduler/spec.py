@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheSpec,
@@ -18,11 +18,8 @@ from vllm.v1.kv_cache_interface import (
 
 from vllm_avl.layers import find_group
 
-OTHERS = {"cpu": (SlidingWindowSpec, MambaSpec), "cuda": (SlidingWindowSpec,)}
-"""By platform: of groups that may lie beside ours, and stay as vLLM has them.
-
-On CUDA no model with recurrent states has been tried.
-"""
+OTHERS = (SlidingWindowSpec, ChunkedLocalAttentionSpec, MambaSpec)
+"""Of groups that may lie beside ours, and stay as vLLM has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +39,7 @@ def our_group(kv_cache_config: KVCacheConfig) -> int:
         UnsupportedError: there is none, or one beside it that must not be.
     """
     specs = [spec_of(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups]
-    others = OTHERS["cpu" if current_platform.is_cpu() else "cuda"]
-    return find_group(specs, AVLSpec, others)
+    return find_group(specs, AVLSpec, OTHERS)
 
 
 def spec_of(group: KVCacheSpec) -> KVCacheSpec:

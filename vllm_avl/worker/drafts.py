@@ -1,4 +1,4 @@
-"""Where a drafter's own layers cache what they draft."""
+"""What a drafter's own layers take in, and where they cache it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,38 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from vllm.config import VllmConfig
 from vllm.v1.spec_decode.utils import PADDING_SLOT_ID
+
+from vllm_avl.worker.step import drafting
+
+
+def num_behind(vllm_config: VllmConfig) -> int:
+    """Tokens of a drafter's first pass behind the step's, see `Step.repeated`."""
+    drafts = vllm_config.speculative_config
+    return int(drafts is not None and drafts.uses_draft_model())
+
+
+def repeat_the_step(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a draft model's first pass on runner V2: it works as the step does."""
+
+    @functools.wraps(original)
+    def _prefill(self: Any, *args: Any, **kwargs: Any) -> None:
+        with drafting(0, num_behind=1):
+            original(self, *args, **kwargs)
+
+    return _prefill
+
+
+def continue_the_step(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap the passes behind the first on runner V2: they read what is stored."""
+
+    @functools.wraps(original)
+    def _multi_step_decode(self: Any, *args: Any, **kwargs: Any) -> None:
+        with drafting(1):
+            original(self, *args, **kwargs)
+
+    return _multi_step_decode
 
 
 def place_by_length(original: Callable[..., torch.Tensor]) -> Callable[..., Any]:

@@ -18,7 +18,6 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 import torch
-from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_avl.metrics.counts import Counts
 from vllm_avl.metrics.definitions import key
@@ -98,7 +97,7 @@ class WorkerRequests:
         self,
         computed: Mapping[str, int],
         scheduled: Mapping[str, int],
-        row_ids: Callable[[CommonAttentionMetadata], Sequence[str]],
+        row_ids: Callable[[], Sequence[str]],
         drafts: Mapping[str, int] | None = None,
     ) -> Step | None:
         """Return what the requests do in a step; None where none is adaptive.
@@ -106,7 +105,7 @@ class WorkerRequests:
         Args:
             computed: tokens computed before the step, by request id.
             scheduled: tokens of the step.
-            row_ids: request ids in the order of the batch's rows.
+            row_ids: request ids in the order of the batch's rows, once it is known.
             drafts: of the step's tokens, those that may be rejected.
         """
         seat_of = self._seat_of
@@ -162,7 +161,8 @@ class Step:
     """[num_adaptive] tokens after it, drafts among them."""
     num_drafts: Numbers
     """[num_adaptive] of its tokens, the last ones, that may be rejected."""
-    row_ids: Callable[[CommonAttentionMetadata], Sequence[str]]
+    row_ids: Callable[[], Sequence[str]]
+    """Request ids in the order of the batch's rows; runner V2 sets it."""
     num_entered: torch.Tensor | None = None
     """[1] int32 on the device, where kernels add the rows that enter core; None where
     the step chooses no core in kernels."""
@@ -200,6 +200,11 @@ class Step:
         """Whether a full graph could not serve the step."""
         return bool((self.has_python | ~self.of["in_graph"]).any())
 
+    @cached_property
+    def num_selections(self) -> int:
+        """Requests whose core is selected anew."""
+        return int((self.refreshes & self.of["has_core"]).sum())
+
     def state(self, index: int) -> RequestState:
         """Return the request that stands at `index` in the arrays."""
         return self._states[index]
@@ -232,7 +237,7 @@ class Step:
             self.row_ids,
         )
         if self._rows is not None:
-            # Runner V2 does not say again whose rows they are.
+            # They are the same.
             step._rows = StepRows(step, self._rows.index)
         return step
 
@@ -243,9 +248,8 @@ class Step:
         has_drafts = self.num_drafts > 0
         records["num_certain"][self.seats] = np.where(has_drafts, self.num_certain, 0)
         records["num_refreshes"][self.seats] += self.refreshes
-        num_selections = int((self.refreshes & self.of["has_core"]).sum())
-        if num_selections:
-            self.requests.counts.count(key("refreshes"), num_selections)
+        if self.num_selections:
+            self.requests.counts.count(key("refreshes"), self.num_selections)
         if self.num_entered is not None:
             # A copy: the next step adds anew.
             entered = self.num_entered.clone()
@@ -254,13 +258,13 @@ class Step:
         for index in np.flatnonzero(self.ages).tolist():
             self.state(index).plan_aging(int(self.num_certain[index]))
         for index in np.flatnonzero(self.in_pass).tolist():
-            self.state(index).note_core(int(self.num_tokens[index]))
+            self.state(index).note_core(int(self.num_certain[index]))
 
-    def rows(self, common: CommonAttentionMetadata) -> StepRows:
+    def rows(self) -> StepRows:
         """Return the step in the order of the batch's rows; made once."""
         if self._rows is None:
-            ids = self.row_ids(common)
-            index = np.array([self.index.get(name, -1) for name in ids], np.int64)
+            places = [self.index.get(name, -1) for name in self.row_ids()]
+            index = np.array(places, np.int64)
             self._rows = StepRows(self, index)
         return self._rows
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
@@ -26,6 +25,7 @@ from vllm_avl.worker.introspection import (
     summarize,
 )
 from vllm_avl.worker.request import Kernels
+from vllm_avl.worker.stages import Stages
 from vllm_avl.worker.step import Step, WorkerRequests, executing
 
 
@@ -38,6 +38,7 @@ class AVLWorker(Worker):
         self._avl_requests = WorkerRequests()
         self._avl_num_drafts: dict[str, int] = {}
         self._avl_step: Step | None = None
+        self._avl_stages = Stages()
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Refuse cache groups that are not ours, then allocate."""
@@ -76,17 +77,15 @@ class AVLWorker(Worker):
             output = super().execute_model(scheduler_output)
         if step is not None:
             step.end()
+            if step.num_selections:
+                self._avl_stages.pass_on(self._avl_requests.counts, self.device)
         self._avl_step = step
         return output
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample, and let the step's counts travel with its tokens."""
         # A drafter's layers run behind it, and are layers of the step.
-        step = self._avl_step
-        if step is not None and self.use_v2_model_runner:
-            # It builds metadata for the passes behind the first only.
-            step = step.continued
-        with executing(step):
+        with executing(self._avl_step):
             output = super().sample_tokens(grammar_output)
         counts = self._avl_requests.counts.take()
         if isinstance(output, AsyncModelRunnerOutput):
@@ -100,14 +99,9 @@ class AVLWorker(Worker):
             send_counts(output, counts)
         return output
 
-    def _row_ids(self, common: CommonAttentionMetadata) -> Sequence[str]:
-        """Request ids in the order of the batch's rows."""
-        if not self.use_v2_model_runner:
-            return self.model_runner.input_batch.req_ids
-        names = self.model_runner.req_states.index_to_req_id
-        if common.req_idx is None:
-            raise RuntimeError("a batch came without its requests' indices")
-        return [names[index] for index in common.req_idx]
+    def _row_ids(self) -> Sequence[str]:
+        """Request ids in the order of the batch's rows, of runner V1."""
+        return self.model_runner.input_batch.req_ids
 
     def avl_requests(self) -> list[str]:
         """Return the ids that `avl_report` knows, the oldest first."""

@@ -10,12 +10,12 @@ from typing import Any
 
 import transformers
 
-from benchmarks.testing.models import architectures, gemma, mistral, qwen
+from benchmarks.testing.models import architectures, gemma, llama, mistral, qwen
 from benchmarks.testing.models.images import random_image
-from benchmarks.testing.models.size import ModelSize
+from benchmarks.testing.models.size import TINY, ModelSize
 from benchmarks.testing.models.tokens import image_prompt
 
-__all__ = ["MODELS", "ModelSize", "build", "image_prompt", "random_image"]
+__all__ = ["MODELS", "TINY", "ModelSize", "build", "image_prompt", "random_image"]
 
 MARKER = "vllm_avl_checkpoint.json"
 # Part of the marker: raise it when the same settings come to give different files.
@@ -36,10 +36,11 @@ MODELS: dict[str, Callable[[Path, ModelSize, int], None]] = {
     "gemma3": gemma.gemma3,
     "gemma4": gemma.gemma4,
     "qwen3_5": qwen.qwen3_5,
+    "llama4": llama.llama4,
 }
 HYBRID = ModelSize(hidden_size=128, num_layers=6, num_heads=2, num_kv_heads=1)
 """Two layers with full attention, and four without."""
-SIZES = dict.fromkeys(("gemma3", "gemma4", "qwen3_5"), HYBRID)
+SIZES = dict.fromkeys(("gemma3", "gemma4", "qwen3_5", "llama4"), HYBRID)
 """By default, of architectures for which it is not `ModelSize()`."""
 
 

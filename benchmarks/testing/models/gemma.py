@@ -70,9 +70,18 @@ def gemma3(
     restore_clip_names(out_dir)
 
 
-def gemma4(out_dir: Path, size: ModelSize, seed: int) -> None:
-    """Gemma 4: 140 tokens at most for an image, and larger heads where all is seen."""
-    patch_size, num_image_tokens = 8, 140
+def gemma4(
+    out_dir: Path,
+    size: ModelSize,
+    seed: int,
+    num_image_tokens: int = 140,
+    **text: str,
+) -> None:
+    """Gemma 4: so many tokens at most for an image, larger heads where all is seen.
+
+    `text` are settings of the language model.
+    """
+    patch_size = 8
     tokenizer = make_tokenizer(
         "gemma4",
         NEWLINES,
@@ -93,7 +102,8 @@ def gemma4(out_dir: Path, size: ModelSize, seed: int) -> None:
             "global_head_dim": 2 * size.head_size,
             "vocab_size_per_layer_input": settings["vocab_size"],
             "hidden_size_per_layer_input": 0,
-        },
+        }
+        | text,
         vision_config={
             "hidden_size": size.vision_hidden_size,
             "intermediate_size": size.vision_intermediate_size,

@@ -29,10 +29,17 @@ def qwen3_vl(out_dir: Path, size: ModelSize, seed: int) -> None:
     save(out_dir, model, _qwen_processor(tokenizer, 64), seed)
 
 
-def qwen3_5(out_dir: Path, size: ModelSize, seed: int) -> None:
+def qwen3_5(
+    out_dir: Path,
+    size: ModelSize,
+    seed: int,
+    least: int = 400,
+    **states: int,
+) -> None:
     """Qwen3.5: layers with a recurrent state beside those with full attention.
 
-    Its blocks are as large as a state, and pictures have 400 tokens to fill some.
+    Its blocks are as large as a state, and pictures have `least` tokens to fill some.
+    `states` are settings of the layers that have one.
     """
     tokenizer = _qwen_tokenizer("qwen3_5")
     config = transformers.Qwen3_5Config(
@@ -46,12 +53,13 @@ def qwen3_5(out_dir: Path, size: ModelSize, seed: int) -> None:
             "rope_parameters": _rope(
                 size, mrope_interleaved=True, partial_rotary_factor=1.0
             ),
-        },
+        }
+        | states,
         vision_config=_qwen_tower(size),
         **_qwen_ids(tokenizer),
     )
     model = transformers.Qwen3_5ForConditionalGeneration(config)
-    save(out_dir, model, _qwen_processor(tokenizer, 400), seed)
+    save(out_dir, model, _qwen_processor(tokenizer, least), seed)
 
 
 def glm4_1v(out_dir: Path, size: ModelSize, seed: int) -> None:

@@ -37,3 +37,9 @@ class ModelSize:
             raise ValueError(
                 f"{name}={value} must be a multiple of {divisor_name}={divisor}"
             )
+
+
+TINY = ModelSize(
+    hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_size=32
+)
+"""Of tests that ask much of the scheduler and nothing of the model."""

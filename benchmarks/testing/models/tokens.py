@@ -23,6 +23,7 @@ PLACEHOLDERS = {
     "gemma3": "<start_of_image>",
     "gemma4": "<|image|>",
     "qwen3_5": "<|vision_start|><|image_pad|><|vision_end|>",
+    "llama4": "<|image|>",
 }
 
 # A reply follows "ASSISTANT:" directly, so that a next turn repeats what was decoded.

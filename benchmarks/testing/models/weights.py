@@ -24,6 +24,7 @@ EMBEDDING_VECTORS = (
     "cls_token",
     "image_newline",
     "position_embeddings",
+    "positional_embedding_vlm",
 )
 QUERY_KEY = (".q_proj.", ".k_proj.", ".qkv.")
 
@@ -84,7 +85,9 @@ def _std(name: str, weight: torch.Tensor) -> float | None:
         return BIAS_STD
     if weight.dim() < 2:
         return None
-    return _gain(name) / weight[0].numel() ** 0.5
+    # Experts are the only ones with what comes in ahead of what goes out.
+    fan_in = weight.shape[1] if ".experts." in name else weight[0].numel()
+    return _gain(name) / fan_in**0.5
 
 
 def _gain(name: str) -> float:

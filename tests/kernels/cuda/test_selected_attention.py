@@ -75,9 +75,16 @@ CASES = {
     "scored-query-rows": replace(
         ROWS, scored=(1, 1, 0), max_query_len=3, num_heads=6, soft_cap=5.0
     ),
+    "scored-first-row": replace(ROWS, scored=(3, 0, 2), max_query_len=3),
+    "scored-row-of-the-first-block": replace(
+        ROWS, scored=(2, 1, 2), max_query_len=5, num_heads=12, num_kv_heads=1
+    ),
 }
 DTYPES = [torch.float16, torch.float32, *([torch.bfloat16] if ON_GPU else [])]
-FP8_CASES = ["one-token", "slots-first", "3-query-rows", "scored-query-rows"]
+FP8_CASES = [
+    *("one-token", "slots-first", "3-query-rows"),
+    *("scored-query-rows", "scored-first-row"),
+]
 ALL = [*itertools.product(CASES, DTYPES), *itertools.product(FP8_CASES, [FP8])]
 
 

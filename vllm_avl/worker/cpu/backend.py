@@ -24,6 +24,7 @@ from vllm_avl.scheduler.spec import AVLSpec, adapt
 from vllm_avl.support import FP8_CACHES
 from vllm_avl.worker.cpu.cache import PACKED, READABLE, CPUCache
 from vllm_avl.worker.cpu.prompts import leave_scoring_rows
+from vllm_avl.worker.drafts import num_behind
 from vllm_avl.worker.fp8 import as_numbers
 from vllm_avl.worker.layer import Layer
 from vllm_avl.worker.ranks import RANKS
@@ -71,9 +72,7 @@ class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
         check_spec(kv_cache_spec, AVLSpec)
         check_layer_names(layer_names)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        drafts = vllm_config.speculative_config
-        is_model = drafts is not None and drafts.uses_draft_model()
-        self._num_behind = int(is_model)
+        self._num_behind = num_behind(vllm_config)
         if self.isa not in READABLE:
             self.isa: str = "vec"
             self._set_isa_to_layers(layer_names)
@@ -88,7 +87,7 @@ class AVLMetadataBuilder(CPUAttentionMetadataBuilder):
         common, step = common_attn_metadata, current_step()
         if step is None:
             return super().build(common_prefix_len, common, fast_build)
-        rows = step.rows(common)
+        rows = step.rows()
         # What lies behind the longest request is read by nobody.
         width = -(-common.max_seq_len // self.block_size)
         block_table = common.block_table_tensor

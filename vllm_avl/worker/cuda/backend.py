@@ -32,6 +32,7 @@ from vllm_avl.support import FP8_CACHES, PLAIN_CACHES
 from vllm_avl.worker.cuda.cache import CUDACache, Scales
 from vllm_avl.worker.cuda.core_lists import CoreLists
 from vllm_avl.worker.cuda.listed_rows import ListedRows, some_rows, whole_step
+from vllm_avl.worker.drafts import num_behind
 from vllm_avl.worker.fp8 import as_numbers
 from vllm_avl.worker.layer import Layer
 from vllm_avl.worker.ranks import RANKS
@@ -83,6 +84,7 @@ class CUDAMetadataBuilder(AttentionMetadataBuilder[Any]):
         # In place it would go on over the runner's table.
         self.supports_draft_decode_metadata_update = False
         self._decode_len = 1 + vllm_config.num_speculative_tokens
+        self._num_behind = num_behind(vllm_config)
         modes = vllm_config.compilation_config.cudagraph_mode
         self._has_full_graphs = modes.has_full_cudagraphs()
         self._max_num_seqs = vllm_config.scheduler_config.max_num_seqs
@@ -101,7 +103,7 @@ class CUDAMetadataBuilder(AttentionMetadataBuilder[Any]):
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: Any
     ) -> AttentionCGSupport:
-        """Return which steps full graphs may be for; with drafts none lists core."""
+        """Return which steps full graphs may be for: decode rows, and all drafts."""
         if vllm_config.speculative_config is not None:
             return AttentionCGSupport.UNIFORM_BATCH
         return cls._cudagraph_support
@@ -138,7 +140,7 @@ class CUDAMetadataBuilder(AttentionMetadataBuilder[Any]):
     ) -> Any:
         """Build the metadata; tables of decode steps go where graphs read them."""
         common, step = common_attn_metadata, current_step()
-        rows = None if step is None else step.rows(common)
+        rows = None if step is None else step.rows()
         # Any step that could be one: drafts may be fewer than asked for.
         is_decode = common.max_query_len <= self._decode_len
         in_graph = self._has_full_graphs and is_decode
@@ -165,7 +167,7 @@ class CUDAMetadataBuilder(AttentionMetadataBuilder[Any]):
         self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
     ) -> Any:
         """Build what a drafter's own layers read, see `step.drafting`."""
-        with drafting(draft_index):
+        with drafting(draft_index, self._num_behind):
             return self.build(0, common_attn_metadata, fast_build=True)
 
     def _stored(
@@ -194,7 +196,8 @@ class CUDAMetadataBuilder(AttentionMetadataBuilder[Any]):
         in_front = torch.from_numpy(first)
         lens = common.seq_lens_cpu_upper_bound
         assert lens is not None
-        lens = lens[:num_reqs] - in_front
+        # VLLM leaves out what a draft model takes in besides.
+        lens = lens[:num_reqs] - in_front + self._num_behind
         seq_lens = torch.sub(
             common.seq_lens[:num_reqs],
             in_front.to(self.device, non_blocking=True),
@@ -216,15 +219,19 @@ class CUDAMetadataBuilder(AttentionMetadataBuilder[Any]):
         nothing = np.zeros(0, np.bool_)
         attended = nothing if rows is None else rows.is_attended
         in_graph = nothing if rows is None else attended & rows.of["in_graph"]
+        # Two kernels at most are compiled, however many drafts a step has.
+        longest = 1 if stored.max_query_len == 1 else self._decode_len
+        is_decode = stored.max_query_len <= longest
         listed = []
-        if self._in_graph is not None and stored.max_query_len == 1:
-            listed.append(whole_step(self._in_graph, stored, rows, in_graph))
+        if self._in_graph is not None and is_decode:
+            listed.append(whole_step(self._in_graph, stored, rows, in_graph, longest))
         elif self._in_graph is not None and in_graph.any():
             assert rows is not None
-            listed.append(some_rows(self._in_graph, stored, rows, in_graph))
-        if (attended & ~in_graph).any():
+            listed.append(some_rows(self._in_graph, stored, rows, in_graph, longest))
+        beside = attended & ~in_graph
+        if beside.any():
             assert rows is not None
-            listed.append(some_rows(self._beside, stored, rows, attended & ~in_graph))
+            listed.append(some_rows(self._beside, stored, rows, beside, longest))
         return listed
 
     def _count(self, rows: StepRows) -> None:

@@ -33,9 +33,9 @@ def select(rows: StepRows, found: npt.NDArray) -> npt.NDArray:
 
     Returns:
         [NUM_NUMBERS, num_rows]: the first slot behind those of the list, the list's
-        length, whether the row is scored, the end of the slots that compete for core
-        or are listed always, the length of the list that kernels make of the scores (0
-        where they make none).
+        length, which of the row's tokens is scored (see `Refresh`), the end of the
+        slots that compete for core or are listed always, the length of the list that
+        kernels make of the scores (0 where they make none).
     """
     masked = np.where(found, rows.of["num_masked"], 0)
     listed = np.where(found, rows.of["num_listed"], 0)
@@ -44,7 +44,8 @@ def select(rows: StepRows, found: npt.NDArray) -> npt.NDArray:
         [
             np.where(ordinary, masked, 0),
             np.where(ordinary, listed, 0),
-            found & rows.refreshes,
+            # The certain token, in front of all drafts.
+            np.where(found & rows.refreshes, 1 + rows.num_drafts, 0),
             masked,
             np.where(rows.in_pass, listed, 0),
         ]
@@ -62,12 +63,15 @@ class ListedRows:
     """[num_rows] int32, as block_table."""
     query_start_loc: torch.Tensor
     """[num_rows + 1] int32."""
+    max_query_len: int
+    """No row has more tokens."""
     selections: torch.Tensor
     """[NUM_NUMBERS, num_rows] int32."""
     chooses: bool
     """Whether any row may choose core anew in this pass."""
     tokens: torch.Tensor | None
-    """[num_rows] where their queries lie in the step; None where they are the step."""
+    """[num_tokens] where their queries lie in the step; None where they are the
+    step."""
 
     def attend(
         self, cache: CUDACache, query: torch.Tensor, output: torch.Tensor
@@ -102,6 +106,7 @@ class ListedRows:
             output=rows,
             k_scale=k_scale,
             v_scale=None if cache.scales is None else cache.scales.value,
+            max_query_len=self.max_query_len,
             num_splits=num_splits(len(self.seq_lens) * lists.num_kv_heads),
             refresh=Refresh(scored, lists.scores, lists.logits),
         )
@@ -133,6 +138,7 @@ def whole_step(
     common: CommonAttentionMetadata,
     rows: StepRows | None,
     found: npt.NDArray,
+    max_query_len: int,
 ) -> ListedRows:
     """Let our kernel attend every row of a step of decode rows alone.
 
@@ -143,6 +149,7 @@ def whole_step(
         common: of the step, over what is stored.
         rows: of the step; None where nothing is adaptive.
         found: [num_rows] bool, whose core is in these lists.
+        max_query_len: tokens of a row at most, whatever the step's are: a kernel each.
     """
     num_reqs = common.num_reqs
     selections = np.zeros((NUM_NUMBERS, 0)) if rows is None else select(rows, found)
@@ -151,6 +158,7 @@ def whole_step(
         common.block_table_tensor[:num_reqs],
         common.seq_lens[:num_reqs],
         common.query_start_loc[: num_reqs + 1],
+        max_query_len,
         lists.fill(selections, num_reqs),
         chooses=True,
         tokens=None,
@@ -162,6 +170,7 @@ def some_rows(
     common: CommonAttentionMetadata,
     rows: StepRows,
     found: npt.NDArray,
+    max_query_len: int,
 ) -> ListedRows:
     """Let our kernel attend some rows of a step, and vLLM's the others.
 
@@ -170,15 +179,26 @@ def some_rows(
         common: of the step, over what is stored.
         rows: of the step.
         found: [num_rows] bool, which rows.
+        max_query_len: as of `whole_step`.
     """
-    device, selections = lists.device, select(rows, found)[:, found]
-    index = torch.from_numpy(np.flatnonzero(found)).to(device, non_blocking=True)
+    selections = select(rows, found)[:, found]
+    index = np.flatnonzero(found)
+    starts = common.query_start_loc_cpu.numpy()
+    counts = starts[index + 1] - starts[index]
+    ends = np.cumsum(counts)
+    tokens = np.arange(ends[-1]) + np.repeat(starts[index] - (ends - counts), counts)
+    parts = index, np.concatenate([[0], ends]), tokens
+    numbers = torch.from_numpy(np.concatenate(parts))
+    at, query_start_loc, where = numbers.to(lists.device, non_blocking=True).split(
+        [len(part) for part in parts]
+    )
     return ListedRows(
         lists,
-        common.block_table_tensor[index],
-        common.seq_lens[index],
-        torch.arange(len(index) + 1, dtype=torch.int32, device=device),
+        common.block_table_tensor[at],
+        common.seq_lens[at],
+        query_start_loc.to(torch.int32),
+        max_query_len,
         lists.fill(selections, len(index)),
         chooses=bool(rows.in_pass[found].any()),
-        tokens=common.query_start_loc[index].to(torch.int64),
+        tokens=where,
     )
