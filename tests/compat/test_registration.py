@@ -93,6 +93,14 @@ def test_a_block_size_of_the_users_stays(checkpoints):
     assert args.create_engine_config().cache_config.block_size == 64
 
 
+def test_blocks_that_are_counted_are_those_of_full_attention(checkpoints):
+    config = EngineArgs(str(checkpoints("llava"))).create_engine_config()
+    # As an engine with a group of smaller blocks beside ours reports them.
+    config.cache_config.block_size = 16
+    config.cache_config.effective_attention_block_size = 64
+    assert platform.block_size(config) == 64
+
+
 STOCK_RUN = """
 import os, sys
 os.environ["VLLM_PLUGINS"] = {plugins!r}

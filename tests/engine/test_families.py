@@ -11,6 +11,7 @@ from hand_driven import asked, finish_step, make_scheduler, walk_lengths
 from vllm.v1.core.kv_cache_utils import get_group_id
 
 from benchmarks.testing.engine import Ask, Engine
+from vllm_avl.compat.platform import block_size
 from vllm_avl.scheduler.scheduler import AVLScheduler
 
 
@@ -199,16 +200,23 @@ def test_second_turn(pair):
     assert output.num_cached_tokens > 0
 
 
+def test_the_front_end_counts_blocks_of_the_adapted_layers(pair):
+    """Other groups' blocks may hold more or fewer tokens."""
+    _, ours = pair
+    expected = ours.scheduler._avl_manager.block_size
+    assert block_size(ours.llm.llm_engine.vllm_config) == expected
+
+
 def test_no_length_hangs(pair):
     """Prompts that end around block borders, and around those of the scoring rows."""
     _, ours = pair
-    block_size = ours.scheduler._avl_manager.block_size
+    size = ours.scheduler._avl_manager.block_size
     base = num_prompt_tokens(ours, Ask((1,), "x"))
     asks = []
-    for border in (block_size, block_size // 2, 64 % block_size):
-        first = (border - base) % block_size
-        for offset in range(-3, 4) if border == block_size else (-1, 0, 1):
-            length = (first + offset) % block_size
+    for border in (size, size // 2, 64 % size):
+        first = (border - base) % size
+        for offset in range(-3, 4) if border == size else (-1, 0, 1):
+            length = (first + offset) % size
             asks.append(Ask((1,), "x" + "y" * length, 3, STORE))
     answers, _ = play(ours, asks)
     assert all(len(answer) == 3 for answer in answers)

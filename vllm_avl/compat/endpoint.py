@@ -15,7 +15,7 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from vllm_avl.compat.platform import is_chosen
+from vllm_avl.compat.platform import block_size, is_chosen
 from vllm_avl.config import AVLConfig, parse_config
 from vllm_avl.front_end.pieces import pieces
 from vllm_avl.front_end.routes import ProblemError, attach
@@ -57,8 +57,8 @@ class Engine:
 
     @property
     def block_size(self) -> int:
-        """Tokens a KV block holds."""
-        return self._vllm_config.cache_config.block_size
+        """Tokens a KV block of the adapted layers holds."""
+        return block_size(self._vllm_config)
 
     @property
     def num_blocks(self) -> int | None:

@@ -72,6 +72,16 @@ def is_chosen(vllm_config: VllmConfig) -> bool:
     return backend is not None and backend.name == NAME
 
 
+def block_size(vllm_config: VllmConfig) -> int:
+    """Tokens that a block of the adapted layers holds, once the engine has begun.
+
+    `cache_config.block_size` is the least of all cache groups.
+    """
+    size = vllm_config.cache_config.effective_attention_block_size
+    assert size is not None  # There is one group of full attention.
+    return size
+
+
 def choose_backend(original: Callable[..., str]) -> classmethod:
     """Wrap `get_attn_backend_cls`: a decoder layer gets ours where it was asked for."""
 

@@ -19,6 +19,7 @@ from vllm.config import VllmConfig
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.engine import EngineCoreRequest
 
+from vllm_avl.compat.platform import block_size
 from vllm_avl.config import AVLConfig
 from vllm_avl.front_end import picture_cache
 from vllm_avl.front_end.pictures import SentPicture
@@ -45,7 +46,7 @@ class Ask:
     @classmethod
     def of(cls, vllm_config: VllmConfig, renderer: Any, config: AVLConfig) -> Ask:
         """Begin a call to a server."""
-        return cls(config, vllm_config.cache_config.block_size, renderer)
+        return cls(config, block_size(vllm_config), renderer)
 
     @contextmanager
     def answering(self) -> Iterator[None]:

@@ -126,8 +126,7 @@ def counts(record: Record, block_size: int) -> dict[str, int] | None:
         return None
     freed = 0
     if isinstance(plan, Plan):
-        # Of the adapted cache group, which may have blocks of another size.
-        freed, block_size = plan.num_freed_blocks(num_tokens), plan.block_size
+        freed = plan.num_freed_blocks(num_tokens)
     return {
         "requests_adapted": int(isinstance(plan, Plan)),
         "blocks_held": -(-num_tokens // block_size) - freed,
