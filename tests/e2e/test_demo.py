@@ -10,6 +10,7 @@ import pytest
 
 from vllm_avl.bundled.samples import make_sample
 from vllm_avl.demo import __main__ as demo
+from vllm_avl.demo.server import IMPORTS, doing
 
 COMMAND = [sys.executable, "-u", "-m", "vllm_avl.demo"]
 
@@ -40,6 +41,25 @@ def shown(tmp_path_factory):
             run.terminate()
     assert run.wait() == 128 + signal.SIGTERM, output
     return output, detail
+
+
+def test_it_says_what_it_waits_for(shown):
+    output, _ = shown
+    found = [output.find(f"waiting for the server, 0 s: {IMPORTS[0]}")]
+    found += [output.find(f" s: {what}") for what in IMPORTS[1:]]
+    assert -1 < found[0] < found[1] < found[2]
+
+
+def test_what_it_waits_for_is_the_servers_last_word():
+    log = "(APIServer pid=1) INFO 11-30 18:22:49 [api_utils.py:286] options\n"
+    assert doing("") == IMPORTS[0]
+    assert doing(log) == IMPORTS[1]
+    log += "(EngineCore pid=2) INFO 11-30 18:23:02 [core.py:133] Loading\n"
+    assert doing(log) == "Loading"
+    log += "(EngineCore pid=2) INFO 11-30 18:23:02 [multiproc_executor.py:153] DP\n"
+    assert doing(log) == IMPORTS[2]
+    log += "(Worker_TP0 pid=3) INFO 11-30 18:23:22 [model.py:68] Loading weights\n \n"
+    assert doing(log) == "Loading weights"
 
 
 def test_the_demo_ends_with_the_page_of_its_request(shown):

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -28,6 +29,14 @@ POLL_SECONDS = 0.2
 REPORT_SECONDS = 10.0
 STOP_SECONDS = 10.0
 TAIL_LINES = 25
+IMPORTS = (
+    "its front end imports vLLM",
+    "its engine imports vLLM",
+    "its worker imports vLLM",
+)
+"""What it does first, process by process, without a word about it."""
+SAID = re.compile(r"^\(\w+ pid=\d+\) [A-Z]+ \S+ \S+ \[\S+\] (.*)$", re.MULTILINE)
+MOST_SAID = 70
 # A connection for each request: vLLM closes one after an error, just when the next
 # request would go into it.
 LIMITS = httpx.Limits(max_keepalive_connections=0)
@@ -263,6 +272,7 @@ def _environment(added: Mapping[str, str]) -> dict[str, str]:
 
 def _wait(server: Server, timeout: float, report: Callable[[str], None]) -> None:
     started = reported = time.monotonic()
+    stage = ""
     while not server.is_healthy():
         now = time.monotonic()
         code = server.process.poll()
@@ -270,10 +280,30 @@ def _wait(server: Server, timeout: float, report: Callable[[str], None]) -> None
             raise ServerError(_failure(server, f"ended with exit status {code}"))
         if now - started > timeout:
             raise ServerError(_failure(server, f"was not ready in {timeout:.0f} s"))
-        if now - reported > REPORT_SECONDS:
+        before, stage = stage, doing(server.log.read_text(errors="replace"))
+        begins = stage in IMPORTS and stage != before
+        if begins or now - reported > REPORT_SECONDS:
             reported = now
-            report(f"waiting for the server: {now - started:.0f} s")
+            report(f"waiting for the server, {now - started:.0f} s: {stage}")
         time.sleep(POLL_SECONDS)
+
+
+def doing(log: str) -> str:
+    """Say what a server that starts is doing.
+
+    Args:
+        log: what it has written until now; a line of vLLM's begins with its process.
+    """
+    front_end, engine, worker = IMPORTS
+    if "(APIServer" not in log:
+        return front_end
+    if "(EngineCore" not in log:
+        return engine
+    # Not every server has processes that do nothing but work.
+    if "multiproc_executor" in log and "(Worker" not in log:
+        return worker
+    messages = [one for one in SAID.findall(log) if one.strip()]
+    return messages[-1][:MOST_SAID] if messages else ""
 
 
 def _failure(server: Server, what: str) -> str:
