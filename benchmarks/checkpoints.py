@@ -41,7 +41,7 @@ class Model:
         )
 
 
-def build(folder: Path, size: ModelSize, dtype: str = "float32") -> Model:
+def build(folder: Path, size: ModelSize, dtype: str) -> Model:
     """Build the checkpoint, once for a folder and its sizes."""
     name = "-".join(map(str, asdict(size).values()))
     return Model(models.build("llava", folder / name, size), size, dtype)

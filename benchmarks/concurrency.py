@@ -25,6 +25,7 @@ from benchmarks.engines import (
     started,
     store,
 )
+from benchmarks.gate import check_loops
 from benchmarks.harness import Benchmark, Report, main, model_size, take_turns
 from benchmarks.plots import draw_concurrency
 from benchmarks.runs import Run, counts, gains, median, tokens_per_second
@@ -44,7 +45,7 @@ SIZE = ModelSize(
 
 def measure(args: argparse.Namespace, report: Report) -> None:
     """Run every variant in the same pool, and compare with stock's of its turn."""
-    model = checkpoints.build(args.checkpoints, model_size(args))
+    model = checkpoints.build(args.checkpoints, model_size(args), args.dtype)
     workload = make_workload(args)
     longest = max(request.num_tokens for request in workload)
     blocks = -(-longest // args.block_size)
@@ -60,6 +61,8 @@ def measure(args: argparse.Namespace, report: Report) -> None:
     with started(model, STOCK_AND_AVL, **sizes) as engines:
         stock, avl = engines.values()
         check_identity(stock, avl, shortened(workload[:3], 16))
+        for ratio in stored.values():
+            check_loops(avl, shortened(workload[:2], 4), store(ratio))
         settings = {
             "model": model.describe(),
             "block_size": args.block_size,

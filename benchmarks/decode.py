@@ -30,6 +30,7 @@ from benchmarks.engines import (
     shortened,
     started,
 )
+from benchmarks.gate import check_loops
 from benchmarks.harness import Benchmark, Report, main, model_size, take_turns
 from benchmarks.plots import draw_decode
 from benchmarks.report import ratios, spread
@@ -119,7 +120,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="images a prompt, 576 tokens each; one table for each number",
     )
     add("--output-tokens", type=int, default=128, help="of each request")
-    add("--dtype", default="bfloat16", help="of the model and its cache")
     add("--block-size", type=int, default=32, help="of both sides")
 
 
@@ -140,6 +140,8 @@ def run_all(
     with started(model, STOCK_AND_AVL, **sizes) as engines:
         stock, avl = engines.values()
         check_identity(stock, avl, shortened(workload, 8), SAME.xargs)
+        for xargs in variants.values():
+            check_loops(avl, shortened(workload[:2], 12), xargs)
 
         def run(name: str, repeat: int) -> Steps:
             engine = stock if name == STOCK else avl

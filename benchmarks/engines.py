@@ -18,6 +18,7 @@ from benchmarks.checkpoints import VISION_TOKENS_PER_IMAGE, Model
 from benchmarks.runs import Run
 from benchmarks.testing import models
 from benchmarks.testing.models.tokens import BOS
+from vllm_avl.config import AVLConfig, parse_config, settings_of_request
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -140,8 +141,6 @@ class Engine:
     @property
     def in_force(self) -> dict[str, object]:
         """What the running engine says of itself, whatever it was asked for."""
-        from vllm_avl.config import parse_config
-
         config = self._engine.vllm_config
         ours = "avl" in config.additional_config
         (groups,) = self.worker.model_runner.attn_groups
@@ -154,6 +153,11 @@ class Engine:
             "prefix_caching": config.cache_config.enable_prefix_caching,
             **(parse_config(config.additional_config).model_dump() if ours else {}),
         }
+
+    def settings(self, xargs: Mapping[str, Any] | None) -> AVLConfig:
+        """Return what is in force for requests with `xargs`, of an adaptive engine."""
+        own = parse_config(self._engine.vllm_config.additional_config)
+        return settings_of_request(xargs, own) or own
 
     def describe(self) -> str:
         """Return `in_force` in a line."""

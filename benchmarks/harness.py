@@ -20,6 +20,7 @@ from benchmarks.report import RESULTS, append_rows, machine, print_heading, prin
 from benchmarks.testing.models import ModelSize
 
 CHECKPOINTS = Path(__file__).parents[1] / ".cache" / "benchmarks"
+DTYPES = ("bfloat16", "float16", "float32")
 NO_COLUMN = "$^"
 Row = Mapping[str, Any]
 Variant = TypeVar("Variant")
@@ -81,6 +82,7 @@ def _add_engine_options(parser: argparse.ArgumentParser, size: ModelSize) -> Non
     add = parser.add_argument
     add("--repeats", type=int, default=3, help="runs of each variant")
     add("--threads", type=int, default=1, help="that compute, on both sides")
+    add("--dtype", choices=DTYPES, default=DTYPES[0], help="of both sides")
     add("--seed", type=int, default=0, help="of the images")
     add("--checkpoints", type=Path, default=CHECKPOINTS, help="folder of the models")
     model = parser.add_argument_group("size of the random-weight model")

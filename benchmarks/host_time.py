@@ -31,6 +31,7 @@ from benchmarks.engines import (
     run_together,
     started,
 )
+from benchmarks.gate import check_loops
 from benchmarks.harness import Benchmark, Report, main, model_size
 from benchmarks.plots import draw_host_time
 from benchmarks.report import ratios, spread
@@ -128,7 +129,7 @@ Measured = dict[str, list[Times]]
 
 def measure(args: argparse.Namespace, report: Report) -> None:
     """Serve one workload on all engines, with room for everything."""
-    model = checkpoints.build(args.checkpoints, model_size(args))
+    model = checkpoints.build(args.checkpoints, model_size(args), args.dtype)
     workload = requests(args.requests, 1, args.output_tokens, args.seed)
     longest = workload[0].num_tokens + args.block_size
     sizes = {
@@ -187,6 +188,7 @@ def check(engines: Mapping[str, Engine], workload: Sequence[Request]) -> None:
         off = engine.run(sample, {"avl": 0})
         if list(off.outputs.values()) != list(stock.outputs.values()):
             raise SystemExit(f"{name}: `avl: 0` and stock give different tokens")
+        check_loops(engine, sample[:2])
         if not engine.run(sample).holds_less_than(stock):
             raise SystemExit(f"{name} holds as many blocks as stock")
     print("checked: `avl: 0` gives stock's tokens, and avl holds fewer blocks")

@@ -68,11 +68,11 @@ def measure(args: argparse.Namespace, report: Report) -> None:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    parser.set_defaults(dtype="float32")
     add = parser.add_argument
     add("--store-ratio", type=float, nargs="+", default=[0.5, 0.2], help="values of S")
     add("--images", type=int, default=4, help="images of the prompt, 576 tokens each")
     add("--block-size", type=int, default=32, help="of both sides")
-    add("--dtype", default="float32", choices=["float32", "bfloat16"])
 
 
 def measure_one(

@@ -16,7 +16,8 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks import checkpoints
-from benchmarks.engines import requests, run_together, started
+from benchmarks.engines import requests, run_together, shortened, started
+from benchmarks.gate import check_loops
 from benchmarks.harness import Benchmark, Report, main, model_size
 from benchmarks.runs import Run, gains, tokens_per_second
 from benchmarks.testing.models import ModelSize
@@ -33,6 +34,8 @@ SIZE = ModelSize(
     vision_num_heads=1,
     vision_intermediate_size=64,
 )
+ALWAYS = ("always", "unobserved")
+"""Variants that adapt whatever the pool."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ Runs = dict[str, list[Run]]
 
 def measure(args: argparse.Namespace, report: Report) -> None:
     """Let every case's engines serve the same requests, a step of each in turn."""
-    model = checkpoints.build(args.checkpoints, model_size(args))
+    model = checkpoints.build(args.checkpoints, model_size(args), args.dtype)
     workload = requests(args.requests, args.images, args.output_tokens, args.seed)
     longest = workload[0].num_tokens + args.block_size
     sizes = {
@@ -93,6 +96,9 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         fitting = args.pool_requests if case.tight else 2 * args.max_num_seqs
         sizes["pool_bytes"] = int(fitting * longest) * model.bytes_per_token
         with started(model, case.variants, **sizes) as engines:
+            for name, engine in engines.items():
+                if name in ALWAYS:
+                    check_loops(engine, shortened(workload[:2], 8))
             runs: Runs = {name: [] for name in engines}
             for _ in tqdm(range(args.repeats), case.name, unit="repeat", disable=None):
                 for name, run in run_together(engines, workload).items():

@@ -25,6 +25,7 @@ from benchmarks.engines import (
     started,
     store,
 )
+from benchmarks.gate import check_loops
 from benchmarks.harness import Benchmark, Report, main, model_size, take_turns
 from benchmarks.report import ratios, spread
 from benchmarks.runs import Run
@@ -43,7 +44,7 @@ class Compactions:
 
 def measure(args: argparse.Namespace, report: Report) -> None:
     """Run the three engines at every concurrency, each with twice the pool it needs."""
-    model = checkpoints.build(args.checkpoints, model_size(args))
+    model = checkpoints.build(args.checkpoints, model_size(args), args.dtype)
     count = max(args.concurrent)
     workload = requests(count, args.images, args.output_tokens, args.seed)
     longest = workload[0].num_tokens + args.block_size
@@ -62,6 +63,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         sample = shortened(workload[:2], 8)
         engines[SHIPPED].run(sample)
         check_identity(engines[SAME], engines[AVL], sample)
+        check_loops(engines[AVL], sample, store(args.store_ratio))
         runs, shares = run_all(engines, workload, args)
         rows = summarize(engines, runs, args.concurrent)
     settings = {

@@ -152,7 +152,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--text-tokens", type=int, default=64, help="random text of a prompt")
     add("--output-tokens", type=int, default=256, help="of every answer")
     add("--block-size", type=int, default=16 if CUDA else 32, help="of all servers")
-    add("--dtype", default="bfloat16" if CUDA else "float32", help="of all servers")
+    add("--dtype", default="bfloat16", help="of all servers")
     add("--enforce-eager", action="store_true", help="no graphs, no compilation")
     add("--compilation-config", metavar="JSON", help="of all servers")
     add("--together", action="store_true", help="start servers at once; one is asked")

@@ -28,6 +28,7 @@ from benchmarks.engines import (
     Engine,
     started,
 )
+from benchmarks.gate import checked_loops
 from benchmarks.harness import Benchmark, Report, main, model_size, rotated
 from benchmarks.plots import draw_turns
 from benchmarks.report import ratios, spread
@@ -103,7 +104,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--store-ratio", type=float, help="S below 1; unless given, avl's default")
     add("--block-size", type=int, default=32, help="of both sides")
-    add("--dtype", default="bfloat16", help="of both sides")
 
 
 def check_ratio(args: argparse.Namespace) -> None:
@@ -208,6 +208,10 @@ def report_turns(
     length = longest(max(counts), args.turns, args.output_tokens)
     with both(model, 2 * length, length, args, 4 * length * forgets) as engines:
         check(engines, pictures, counts, forgets, args)
+        chat = begin(pictures.take(min(counts)), args.output_tokens)
+        with checked_loops(engines[AVL]):
+            for _ in range(args.turns):
+                next_turn(engines[AVL], chat, forgets)
         turns = measure_turns(engines, pictures, counts, forgets, args)
         rows = summarize_turns(turns, engines[STOCK])
         settings = {

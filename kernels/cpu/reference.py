@@ -69,7 +69,7 @@ def selected_attention(
         )
         probabilities = torch.zeros(num_heads, num_tokens, dtype=query.dtype)
         for head in range(num_heads):
-            read = _read(rows, masks, row, head // group)
+            read = read_slots(rows, masks, row, head // group)
             seen = keys[read, head // group]
             attention = _attend(query[token, head], seen, scale, soft_cap)
             output[token, head] = attention @ values[read, head // group]
@@ -134,7 +134,9 @@ def split(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.T
     return by_column.transpose(-1, -2), values.unflatten(-1, (-1, head_size))
 
 
-def _read(rows: DecodeRows, masks: np.ndarray, row: int, head: int) -> torch.Tensor:
+def read_slots(
+    rows: DecodeRows, masks: np.ndarray, row: int, head: int
+) -> torch.Tensor:
     """[num_tokens] bool, which keys a row reads of a KV head."""
     read = torch.ones(int(rows.num_tokens[row]), dtype=torch.bool)
     if masks[row]:

@@ -1,0 +1,95 @@
+"""Nothing is timed where a compiled loop computes something else than eager code."""
+
+import pytest
+
+from benchmarks import checkpoints
+from benchmarks.engines import requests, started
+from benchmarks.gate import check_loops
+from benchmarks.testing.models import ModelSize
+from vllm_avl.worker.cpu.cache import CPUCache
+
+SIZE = ModelSize(
+    hidden_size=64,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    vision_hidden_size=32,
+    vision_num_heads=1,
+    vision_intermediate_size=64,
+)
+CORE = {"avl_store_ratio": 0.5, "avl_core_ratio": 0.3, "avl_refresh_interval": 2}
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def engine(request, tmp_path_factory):
+    model = checkpoints.build(tmp_path_factory.mktemp("gate"), SIZE, request.param)
+    sizes = {
+        "pool_bytes": 2000 * model.bytes_per_token,
+        "block_size": 32,
+        "max_num_seqs": 2,
+        "max_model_len": 1000,
+        "threads": 1,
+    }
+    with started(model, {"avl": {"settings": {}}}, **sizes) as engines:
+        yield engines["avl"]
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return requests(2, 1, 6)
+
+
+def test_what_is_right_is_let_through(engine, sample, capsys):
+    check_loops(engine, sample, CORE)
+    found = capsys.readouterr().out
+    assert all(f"{loop} " in found for loop in ("attend", "refresh", "score", "rank"))
+    check_loops(engine, sample)
+    assert "score" in capsys.readouterr().out
+
+
+def near(result, part=0.001):
+    """Off by a part of its size."""
+    return result + part * result.square().mean().sqrt()
+
+
+def attend_off(cache, query, rows, masks, output):
+    CORRECT["attend"](cache, query, rows, masks, output)
+    # A bfloat16 is as near as this.
+    output.copy_(near(output, 0.01))
+
+
+def see_off(cache, query, rows, masks, output):
+    CORRECT["attend"](cache, query, rows, masks, output)
+    cache.seen_by.update({token: near(seen) for token, seen in cache.seen_by.items()})
+
+
+def score_off(cache, *arguments):
+    return near(CORRECT["score"](cache, *arguments))
+
+
+def rank_off(cache, *arguments):
+    return CORRECT["rank"](cache, *arguments).flip(1)
+
+
+CORRECT = {name: getattr(CPUCache, name) for name in ("attend", "score", "rank")}
+
+
+@pytest.mark.parametrize(
+    ("loop", "wrong", "said"),
+    [
+        ("attend", attend_off, "attend: error"),
+        ("attend", see_off, "refresh: error"),
+        ("score", score_off, "score: error"),
+        ("rank", rank_off, "ranks differ"),
+    ],
+)
+def test_what_is_wrong_is_not(engine, sample, monkeypatch, loop, wrong, said):
+    monkeypatch.setattr(CPUCache, loop, wrong)
+    with pytest.raises(SystemExit, match=said):
+        check_loops(engine, sample, CORE)
+
+
+def test_what_does_not_run_is_not_checked(engine, sample):
+    with pytest.raises(SystemExit, match="no score was checked"):
+        check_loops(engine, sample, {"avl": 0})
