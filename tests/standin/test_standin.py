@@ -36,6 +36,7 @@ def test_cuda_path_gives_the_tokens_of_the_cpu_build(
         "worker": "vllm.v1.worker.gpu_worker.Worker",
         "runner": runner_class,
         "backend": TRITON,
+        "layout": "LBNHC",
     }
     assert report["tokens"] == expected
     assert report["plugin_loaded"]
