@@ -252,17 +252,17 @@ class Oracle:
         for head, (key, value) in enumerate(zip(*self.rows, strict=True)):
             unit = functional.normalize(key[ranked], dim=1)
             cosines = unit @ unit.T
-            paid = attention[head].sum(0)[ranked]
+            attended = attention[head].sum(0)[ranked]
             diversity = _scaled(-cosines.mean(1))
             norm = _scaled(value[ranked].norm(dim=1))
             if self.settings.policy == "keydiff":
                 by_head.append(diversity * norm)
                 continue
-            diversity = diversity / diversity.mean() * paid.mean()
-            norm = norm / norm.mean() * paid.mean()
+            diversity = diversity / diversity.mean() * attended.mean()
+            norm = norm / norm.mean() * attended.mean()
             alike = cosines[~torch.eye(len(ranked), dtype=torch.bool)].mean()
             alike = alike.clamp(0, 1)
-            by_head.append(alike * diversity + (1 - alike) * (paid + norm))
+            by_head.append(alike * diversity + (1 - alike) * (attended + norm))
         reduce = torch.amax if self.settings.reduction == "max" else torch.sum
         scores = reduce(torch.stack(by_head), 0)
         return dict(zip(ranked, scores.tolist(), strict=True))

@@ -107,11 +107,11 @@ def _weigh(
 
 
 @compiled
-def _paid_at(call: Any, row: int, head: int, member: int) -> int:
+def _probabilities_at(call: Any, row: int, head: int, member: int) -> int:
     """Address of the probabilities of a scored row, for a member of a head's group."""
     length = read(call.num_tokens, types.int64, row)
     line = (head * call.group + member) * length
-    return read(call.paid, types.int64, row) + 4 * line
+    return read(call.probabilities, types.int64, row) + 4 * line
 
 
 @compiled
@@ -121,15 +121,15 @@ def _keep_weights(
     """Write a part's weights, every slot's, to where the row's probabilities go."""
     end = min(PART, read(call.num_tokens, types.int64, row) - part * PART)
     for member in range(call.group):
-        paid = _paid_at(call, row, head, member) + 4 * part * PART
+        target = _probabilities_at(call, row, head, member) + 4 * part * PART
         for slot in range(end):
-            write(paid, types.float32, slot, 0)
+            write(target, types.float32, slot, 0)
         for tile in range(tiles):
             number = read(lists + PICKED_BYTES, types.int64, 2 * tile + 1)
             kept = weights + 4 * (member * PART + tile * TILE)
             for index in range(min(end - number * TILE, TILE)):
                 weight = read(kept, types.float32, index)
-                write(paid, types.float32, number * TILE + index, weight)
+                write(target, types.float32, number * TILE + index, weight)
 
 
 @compiled
@@ -152,12 +152,12 @@ def _put_together(call: Any, row: int, head: int, item: int, parts: int) -> None
             total = multiply(total, splat(call.value_scale))
             store_as(to + at // 4 * itemsize, total, call.code)
         to += call.output_head_step
-        if read(call.paid, types.int64, row):
-            paid = _paid_at(call, row, head, member)
+        if read(call.probabilities, types.int64, row):
+            kept = _probabilities_at(call, row, head, member)
             for slot in range(read(call.num_tokens, types.int64, row)):
                 factor = read(norms, types.float32, 2 * group * (slot // PART))
-                weight = read(paid, types.float32, slot)
-                write(paid, types.float32, slot, weight * factor)
+                weight = read(kept, types.float32, slot)
+                write(kept, types.float32, slot, weight * factor)
 
 
 @inlined
@@ -227,7 +227,7 @@ def _attend(data: Any) -> None:
         of_row, of_part, of_head = row, part, head
         norms = call.norms + 8 * place * group
         _weigh(call, queries, lists, num_tiles, weights, norms)
-        if read(call.paid, types.int64, row):
+        if read(call.probabilities, types.int64, row):
             _keep_weights(call, row, head, part, lists, num_tiles, weights)
         outputs = call.outputs + 4 * place * group * size
         _add_values(call, lists, num_tiles, num_picked, weights, outputs)
@@ -243,7 +243,7 @@ LOOP = Loop(
     [
         *("tokens", "blocks", "num_tokens", "num_masked", "mask_steps", "ends"),
         *("num_items", "taken", "ended", "norms", "outputs", "scratch", "scratch_step"),
-        *("masks", "paid", "cache", "num_kv_heads", "block_size", "itemsize"),
+        *("masks", "probabilities", "cache", "num_kv_heads", "block_size", "itemsize"),
         *("query", "query_row_step", "query_head_step", "group", "head_size"),
         *("output", "output_row_step", "output_head_step", "code", "paired"),
         "packed",
@@ -283,7 +283,7 @@ def selected_attention(
         packed: whether rows lie packed; queries are bfloat16 then.
 
     Returns:
-        [num_heads, num_tokens] attention that each scored row paid, fp32, by the row's
+        [num_heads, num_tokens] attention weights of each scored row, fp32, by the row's
         index in `rows`.
     """
     if len(rows.tokens) == 0:
@@ -298,14 +298,14 @@ def selected_attention(
     masks = np.ascontiguousarray(masks)
     paired = is_paired(query.dtype, kv_cache.dtype)
     assert paired or not packed
-    paid, probabilities = rows.paid(num_heads)
+    addresses, probabilities = rows.probabilities(num_heads)
     itemsize = query.element_size()
     LOOP.run(
         ELEMENTS[kv_cache.dtype],
         *rows.addresses,
         *rows.scratch(num_kv_heads, group, head_size),
         masks.ctypes.data,
-        paid.ctypes.data,
+        addresses.ctypes.data,
         kv_cache.data_ptr(),
         num_kv_heads,
         block_elements // head_size,

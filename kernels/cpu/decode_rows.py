@@ -49,7 +49,7 @@ class DecodeRows:
         first = self._numbers.ctypes.data
         self.addresses = (*(first + 8 * num_rows * n for n in range(len(arrays))),)
         self._scored = scored.nonzero()[0].tolist()
-        self._nothing_paid = np.zeros(num_rows, np.int64)
+        self._nowhere = np.zeros(num_rows, np.int64)
         self._scratch: dict[tuple[int, ...], Any] = {}
 
     def scratch(self, num_kv_heads: int, group: int, head_size: int) -> Any:
@@ -73,14 +73,16 @@ class DecodeRows:
         counts[0] = 0
         return addresses
 
-    def paid(self, num_heads: int) -> tuple[np.ndarray, dict[int, torch.Tensor]]:
+    def probabilities(
+        self, num_heads: int
+    ) -> tuple[np.ndarray, dict[int, torch.Tensor]]:
         """Room for the scored rows' probabilities, and its address for each row."""
         rooms = {
             row: torch.empty(num_heads, int(self.num_tokens[row]), dtype=torch.float32)
             for row in self._scored
         }
         if not rooms:
-            return self._nothing_paid, rooms
+            return self._nowhere, rooms
         addresses = np.zeros(len(self.tokens), np.int64)
         for row, room in rooms.items():
             addresses[row] = room.data_ptr()

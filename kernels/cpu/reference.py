@@ -56,7 +56,7 @@ def selected_attention(
     """As `cpu.selected_attention`."""
     _, num_heads, head_size = query.shape
     group = num_heads // kv_cache.shape[1]
-    paid = {}
+    kept = {}
     for row, (token, num_tokens) in enumerate(
         zip(rows.tokens, rows.num_tokens, strict=True)
     ):
@@ -75,8 +75,8 @@ def selected_attention(
             output[token, head] = attention @ values[read, head // group]
             probabilities[head, read] = attention
         if rows.scored[row]:
-            paid[row] = probabilities
-    return paid
+            kept[row] = probabilities
+    return kept
 
 
 def rank_rows(

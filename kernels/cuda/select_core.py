@@ -50,10 +50,10 @@ def _select_core_kernel(
         row = cache_rows(blocks_ptr, slot, exists, block_size)
         token = tl.load(row_tokens_ptr + row, mask=exists, other=-1)
         score = tl.zeros([block_n], tl.float32)
-        paid_ptr = scores_ptr
+        of_head_ptr = scores_ptr
         for _ in range(num_heads):
-            score += tl.load(paid_ptr + row, mask=exists, other=0.0)
-            paid_ptr += scores_stride
+            score += tl.load(of_head_ptr + row, mask=exists, other=0.0)
+            of_head_ptr += scores_stride
         # No thread reads what another writes: a key takes its own row's place.
         tl.store(keys_ptr + row, key_of(score, token >= 0), mask=exists)
         num_fixed += count(exists & (token < 0))

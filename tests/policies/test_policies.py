@@ -251,8 +251,8 @@ def test_fastv_ranks_by_the_second_adapted_layer_in_all_behind_it(layers):
     memo, own = {}, torch.rand(4, 1, 60)
     for _core in range(2):
         scores = [
-            POLICIES["fastv"].score(view_of(layer=layer, attention=paid, memo=memo))
-            for layer, paid in zip(layers, own, strict=True)
+            POLICIES["fastv"].score(view_of(layer=layer, attention=weights, memo=memo))
+            for layer, weights in zip(layers, own, strict=True)
         ]
         for score, ranking in zip(scores, [0, 1, 1, 1], strict=True):
             assert torch.equal(score, own[ranking])

@@ -96,25 +96,25 @@ class Batch:
     def attend(self, attention, query, soft_cap=0.0):
         output = torch.full_like(query, 7.0)
         reads = self.cache, self.rows, self.masks
-        paid = attention(query, *reads, output, self.scale, soft_cap, **self.scales)
-        return output, paid
+        weights = attention(query, *reads, output, self.scale, soft_cap, **self.scales)
+        return output, weights
 
 
 def check(batch, soft_cap=0.0):
-    exact, exactly_paid = batch.attend(
+    exact, exact_weights = batch.attend(
         reference.selected_attention, batch.query.double(), soft_cap
     )
-    eager, eagerly_paid = batch.attend(
+    eager, eager_weights = batch.attend(
         reference.selected_attention, batch.query, soft_cap
     )
-    ours, paid = batch.attend(selected_attention, batch.query, soft_cap)
+    ours, weights = batch.attend(selected_attention, batch.query, soft_cap)
     assert within_twice_eager(ours, eager, exact)
     others = np.setdiff1d(np.arange(len(ours)), batch.rows.tokens)
     assert (ours[others] == 7).all()
-    assert paid.keys() == exactly_paid.keys()
-    for row, probabilities in paid.items():
-        truth = exactly_paid[row]
-        assert within_twice_eager(probabilities, eagerly_paid[row], truth)
+    assert weights.keys() == exact_weights.keys()
+    for row, probabilities in weights.items():
+        truth = exact_weights[row]
+        assert within_twice_eager(probabilities, eager_weights[row], truth)
         assert not probabilities[truth == 0].any()
 
 
@@ -146,12 +146,12 @@ def test_soft_cap(soft_cap, dtype):
 def test_outputs_are_exact_eight_bits_wide(dtype):
     """One key: the output is its value, which must come back bit by bit."""
     batch = Batch(BATCHES["one-token"], HEADS["mha-64"], dtype)
-    output, paid = batch.attend(selected_attention, batch.query)
+    output, weights = batch.attend(selected_attention, batch.query)
     _, values = reference.split(batch.cache, 64)
     token, block = batch.rows.tokens[0], batch.rows.block_table[0, 0]
     value = values[block, :, 0].to(output.dtype) * batch.scales.get("v_scale", 1)
     assert torch.equal(bits(output[token]), bits(value))
-    assert (paid[0] == 1).all()
+    assert (weights[0] == 1).all()
 
 
 @pytest.mark.skipif(FP8 not in ELEMENTS, reason="needs AVX-512")

@@ -91,16 +91,16 @@ def test_attention_is_the_same(heads, batch, dtype, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     shape = test_attention.HEADS[heads]
     batch = test_attention.Batch(test_attention.BATCHES[batch], shape, dtype)
-    exact, exactly_paid = batch.attend(
+    exact, exact_weights = batch.attend(
         reference.selected_attention, batch.query.double()
     )
-    eager, eagerly_paid = batch.attend(reference.selected_attention, batch.query)
+    eager, eager_weights = batch.attend(reference.selected_attention, batch.query)
     batch.cache = packed(batch.cache, shape[2])
-    ours, paid = batch.attend(partial(selected_attention, packed=True), batch.query)
+    ours, weights = batch.attend(partial(selected_attention, packed=True), batch.query)
     assert within_twice_eager(ours, eager, exact)
-    for row, probabilities in paid.items():
-        assert within_twice_eager(probabilities, eagerly_paid[row], exactly_paid[row])
-        assert not probabilities[exactly_paid[row] == 0].any()
+    for row, probabilities in weights.items():
+        assert within_twice_eager(probabilities, eager_weights[row], exact_weights[row])
+        assert not probabilities[exact_weights[row] == 0].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=str)

@@ -73,7 +73,7 @@ class CPUCache:
         """As `kernels.cpu.selected_attention`; what scored rows have seen is kept."""
         read = self.halves, rows, masks
         seen = selected_attention(query, *read, output, *self._numbers, **self._form)
-        self.seen_by.update({int(rows.tokens[row]): paid for row, paid in seen.items()})
+        self.seen_by.update({int(rows.tokens[row]): kept for row, kept in seen.items()})
 
     def score(
         self,

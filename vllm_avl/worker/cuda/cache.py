@@ -109,7 +109,7 @@ class CUDACache:
         assert self.lists_of is not None
         lists = self.lists_of(task.state)
         if task.state.plan.config.head_reduction == "max":
-            # The kernel has added the heads of a group up: see what each of them paid.
+            # The kernel has added the heads of a group up: each one's own are needed.
             rows = self._rows(task.stored, task.num_tokens - task.start)
             logits = lists.logits[:, rows] * math.log(2)
             return logits.softmax(1)[:, :num_slots]
