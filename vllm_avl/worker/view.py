@@ -68,19 +68,21 @@ def stored_table_on_cpu(
     per_block = rows.step.requests.block_size // block_size
     num_rows, stride = block_table.shape
     columns = np.arange(width)
-    first = rows.first_block[:, None] * per_block
-    shifted = np.minimum(columns + first, stride - 1)
-    shifted += np.arange(0, num_rows * stride, stride)[:, None]
-    stored = block_table.numpy().ravel().take(shifted)
-    most = int(rows.num_private.max(initial=0))
-    private = seats.private.numpy()[:, :most][rows.seats]
+    first = rows.first_block * per_block
+    place = first[:, None] + columns
+    if first.max(initial=0) + width > stride:
+        np.minimum(place, stride - 1, out=place)
+    place += np.arange(0, num_rows * stride, stride)[:, None]
+    # None is out of bounds; unlike the default, this writes without a buffer.
+    stored = block_table.numpy().ravel().take(place, mode="clip")
+    num_private = rows.num_private * per_block
+    most = min(int(num_private.max(initial=0)), width)
+    private = seats.private.numpy()[:, : -(-most // per_block)].take(rows.seats, 0)
     if per_block > 1:
         parts = np.arange(per_block, dtype=np.int32)
         private = (private[:, :, None] * per_block + parts).reshape(num_rows, -1)
-    private = private[:, :width]
-    columns = columns[: private.shape[1]]
-    is_private = columns < rows.num_private[:, None] * per_block
-    np.copyto(stored[:, : len(columns)], private, where=is_private)
+    is_private = columns[:most] < num_private[:, None]
+    np.copyto(stored[:, :most], private[:, :most], where=is_private)
     return torch.from_numpy(stored)
 
 
