@@ -1,7 +1,7 @@
 """Refuses to time an engine whose compiled loops differ from eager code.
 
 While a few requests are answered with a benchmark's own settings, refreshes among
-them, all that the loops attend, score and rank is computed by plain operations, too,
+them, all that the loops attend, score and rank is done by their eager references, too,
 in fp64 over the same rows. What the loops err may be twice what eager code errs in the
 precision of the result, and the last bits of fp32, by root mean square; ranks must be
 equal. On a CPU: kernels for CUDA are checked where they are timed, in
@@ -11,8 +11,8 @@ equal. On a CPU: kernels for CUDA are checked where they are timed, in
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -23,8 +23,9 @@ from vllm_avl.kernels.cpu import reference
 from vllm_avl.kernels.cpu.decode_rows import DecodeRows
 
 from benchmarks.engines import Engine, Request
-from vllm_avl.worker.cpu.cache import CPUCache
+from vllm_avl.worker.cpu import cache
 
+Weights = Mapping[int, torch.Tensor]
 EXACT = torch.float64
 LAST_BITS = 1e-6
 """Of fp32: eager code's exponentials are exact to less than that."""
@@ -66,54 +67,51 @@ class Checked:
 
     def check_attended(
         self,
-        cache: CPUCache,
+        weights: Weights,
         query: torch.Tensor,
+        kv_cache: torch.Tensor,
         rows: DecodeRows,
         masks: np.ndarray,
         output: torch.Tensor,
+        *numbers: float,
+        **form: Any,
     ) -> None:
-        """Attend all rows again."""
-        errors = self.errors_of("attend")
-        group = query.shape[1] // cache.num_kv_heads
-        for row, token in enumerate(rows.tokens):
-            keys, values = _read(cache, rows.block_table[row], rows.num_tokens[row])
-            for head in range(query.shape[1]):
-                of_head = head // group
-                read = reference.read_slots(rows, masks, row, of_head)
-                given = cache, query[token, head], keys[of_head, read]
-                eager, exact = (
-                    _weights(*given, dtype=t) for t in (torch.float32, EXACT)
-                )
-                errors.add(
-                    output[token, head],
-                    eager.to(query.dtype) @ values[of_head, read].to(query.dtype),
-                    exact @ values[of_head, read].to(EXACT),
-                )
-                if rows.scored[row]:
-                    seen = cache.seen_by[int(token)][head, read]
-                    self.errors_of("refresh").add(seen, eager, exact)
+        """Attend all rows again; arguments behind the first are the loop's."""
+        outputs, again = [], []
+        for dtype in (torch.float32, EXACT):
+            outputs.append(torch.zeros(output.shape, dtype=dtype))
+            given = query.to(dtype), kv_cache, rows, masks, outputs[-1]
+            again.append(reference.selected_attention(*given, *numbers, **form))
+        tokens = torch.from_numpy(rows.tokens)
+        eager, exact = (of_dtype[tokens] for of_dtype in outputs)
+        self.errors_of("attend").add(output[tokens], eager.to(output.dtype), exact)
+        for row, probabilities in weights.items():
+            errors = self.errors_of("refresh")
+            errors.add(probabilities, *(of_dtype[row] for of_dtype in again))
 
     def check_scored(
         self,
-        cache: CPUCache,
+        scores: torch.Tensor,
         query: torch.Tensor,
+        kv_cache: torch.Tensor,
         blocks: torch.Tensor,
         num_tokens: int,
-        scores: torch.Tensor,
+        *numbers: Any,
+        **form: Any,
     ) -> None:
-        """Score a prompt's last rows again."""
-        errors = self.errors_of("score")
-        group = query.shape[1] // cache.num_kv_heads
-        keys, _ = _read(cache, blocks, num_tokens)
-        places = torch.arange(num_tokens)
-        last = num_tokens - len(query) + torch.arange(len(query))
-        hidden = places > last[:, None]
-        for head in range(query.shape[1]):
-            given = cache, query[:, head], keys[head // group], hidden
-            eager, exact = (
-                _weights(*given, dtype=t).sum(0) for t in (torch.float32, EXACT)
-            )
-            errors.add(scores[head], eager, exact)
+        """Score a prompt's last rows again; arguments as of `check_attended`."""
+        *numbers, output = numbers
+        outputs, again = [], []
+        for dtype in (torch.float32, EXACT):
+            outputs.append(torch.zeros(query.shape, dtype=dtype))
+            given = query.to(dtype), kv_cache, blocks, num_tokens
+            wanted = *numbers, outputs[-1]
+            again.append(reference.attention_scores(*given, *wanted, **form))
+        self.errors_of("score").add(scores, *again)
+        if output is not None:
+            eager, exact = outputs
+            errors = self.errors_of("scoring rows")
+            errors.add(output, eager.to(output.dtype), exact)
 
     def check_ranked(self, order: torch.Tensor, *arguments: Any) -> None:
         """Rank again."""
@@ -152,23 +150,15 @@ def checked_loops(
         SystemExit: it did, or none of the loops ran.
     """
     checked = Checked()
-    attend, score, rank = CPUCache.attend, CPUCache.score, CPUCache.rank
-
-    def attending(cache: CPUCache, *arguments: Any) -> None:
-        attend(cache, *arguments)
-        checked.check_attended(cache, *arguments)
-
-    def scoring(cache: CPUCache, *arguments: Any) -> torch.Tensor:
-        scores = score(cache, *arguments)
-        checked.check_scored(cache, *arguments[:3], scores)
-        return scores
-
-    def ranking(cache: CPUCache, *arguments: Any) -> torch.Tensor:
-        order = rank(cache, *arguments)
-        checked.check_ranked(order, *arguments)
-        return order
-
-    with patch.multiple(CPUCache, attend=attending, score=scoring, rank=ranking):
+    checks = {
+        "selected_attention": checked.check_attended,
+        "attention_scores": checked.check_scored,
+        "rank_rows": checked.check_ranked,
+    }
+    with ExitStack() as stack:
+        for name, check in checks.items():
+            twice = _done_twice(getattr(cache, name), check)
+            stack.enter_context(patch.object(cache, name, twice))
         yield
     settings = engine.settings(xargs)
     refreshes = settings.has_core and settings.refresh_interval > 0
@@ -187,27 +177,12 @@ def check_loops(
         engine.run(sample, xargs)
 
 
-def _read(
-    cache: CPUCache, blocks: torch.Tensor, num_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[num_kv_heads, num_tokens, head_size] keys and values, fp32."""
-    slots = torch.arange(int(num_tokens))
-    num_blocks = -(-len(slots) * cache.head_size // (cache.halves.shape[-1]))
-    return cache.rows(blocks[:num_blocks], slots)
+def _done_twice(
+    loop: Callable[..., Any], check: Callable[..., None]
+) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = loop(*args, **kwargs)
+        check(result, *args, **kwargs)
+        return result
 
-
-def _weights(
-    cache: CPUCache,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    hidden: torch.Tensor | None = None,
-    *,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """[..., num_keys] attention probabilities."""
-    logits = query.to(dtype) @ keys.to(dtype).T * cache.scale
-    if cache.soft_cap:
-        logits = cache.soft_cap * torch.tanh(logits / cache.soft_cap)
-    if hidden is not None:
-        logits = logits.masked_fill(hidden, float("-inf"))
-    return torch.softmax(logits, -1)
+    return run

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import torch
 from vllm_avl.kernels.cpu.attention import DecodeRows
+from vllm_avl.kernels.cpu.read_rows import read_rows
 
 
 def attention_scores(
@@ -20,16 +21,14 @@ def attention_scores(
     output: torch.Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    *,
+    packed: bool = False,
 ) -> torch.Tensor:
     """As `cpu.attention_scores`."""
-    num_rows, num_heads, head_size = query.shape
+    num_rows, num_heads, _ = query.shape
     group = num_heads // kv_cache.shape[1]
-    keys, values = (
-        _rows(half, blocks, num_tokens).to(query.dtype) * factor
-        for half, factor in zip(
-            split(kv_cache, head_size), (k_scale, v_scale), strict=True
-        )
-    )
+    scales = k_scale, v_scale
+    keys, values = _rows(query, kv_cache, blocks, num_tokens, scales, packed)
     scores = torch.zeros(num_heads, num_tokens, dtype=query.dtype)
     for row in range(num_rows):
         visible = num_tokens - num_rows + 1 + row
@@ -52,24 +51,21 @@ def selected_attention(
     soft_cap: float = 0.0,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    *,
+    packed: bool = False,
 ) -> dict[int, torch.Tensor]:
     """As `cpu.selected_attention`."""
-    _, num_heads, head_size = query.shape
+    num_heads, scales = query.shape[1], (k_scale, v_scale)
     group = num_heads // kv_cache.shape[1]
     kept = {}
     for row, (token, num_tokens) in enumerate(
         zip(rows.tokens, rows.num_tokens, strict=True)
     ):
         blocks = rows.block_table[row]
-        keys, values = (
-            _rows(half, blocks, num_tokens).to(query.dtype) * factor
-            for half, factor in zip(
-                split(kv_cache, head_size), (k_scale, v_scale), strict=True
-            )
-        )
+        keys, values = _rows(query, kv_cache, blocks, num_tokens, scales, packed)
         probabilities = torch.zeros(num_heads, num_tokens, dtype=query.dtype)
         for head in range(num_heads):
-            read = read_slots(rows, masks, row, head // group)
+            read = _read(rows, masks, row, head // group)
             seen = keys[read, head // group]
             attention = _attend(query[token, head], seen, scale, soft_cap)
             output[token, head] = attention @ values[read, head // group]
@@ -134,9 +130,7 @@ def split(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.T
     return by_column.transpose(-1, -2), values.unflatten(-1, (-1, head_size))
 
 
-def read_slots(
-    rows: DecodeRows, masks: np.ndarray, row: int, head: int
-) -> torch.Tensor:
+def _read(rows: DecodeRows, masks: np.ndarray, row: int, head: int) -> torch.Tensor:
     """[num_tokens] bool, which keys a row reads of a KV head."""
     read = torch.ones(int(rows.num_tokens[row]), dtype=torch.bool)
     if masks[row]:
@@ -156,7 +150,20 @@ def _attend(
     return torch.exp(logits - torch.logsumexp(logits, 0))
 
 
-def _rows(cache: torch.Tensor, blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """[num_tokens, num_kv_heads, head_size] of one sequence."""
-    num_blocks = -(-num_tokens // cache.shape[2])
-    return cache[blocks[:num_blocks]].transpose(1, 2).flatten(0, 1)[:num_tokens]
+def _rows(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    blocks: torch.Tensor,
+    num_tokens: int,
+    scales: tuple[float, float],
+    packed: bool,
+) -> list[torch.Tensor]:
+    """[num_tokens, num_kv_heads, head_size] keys and values, as `query` is."""
+    head_size = query.shape[2]
+    num_blocks = -(-int(num_tokens) * head_size // kv_cache.shape[3])
+    slots = torch.arange(int(num_tokens))
+    halves = read_rows(kv_cache, head_size, blocks[:num_blocks], slots, packed=packed)
+    return [
+        half.transpose(0, 1).to(query.dtype) * scale
+        for half, scale in zip(halves, scales, strict=True)
+    ]

@@ -6,7 +6,7 @@ from benchmarks import checkpoints
 from benchmarks.engines import requests, started
 from benchmarks.gate import check_loops
 from benchmarks.testing.models import ModelSize
-from vllm_avl.worker.cpu.cache import CPUCache
+from vllm_avl.worker.cpu import cache
 
 SIZE = ModelSize(
     hidden_size=64,
@@ -53,39 +53,49 @@ def near(result, part=0.001):
     return result + part * result.square().mean().sqrt()
 
 
-def attend_off(cache, query, rows, masks, output):
-    CORRECT["attend"](cache, query, rows, masks, output)
+def attend_off(query, kv_cache, rows, masks, output, *numbers, **form):
+    arguments = query, kv_cache, rows, masks, output, *numbers
+    weights = CORRECT["selected_attention"](*arguments, **form)
     # A bfloat16 is as near as this.
     output.copy_(near(output, 0.01))
+    return weights
 
 
-def see_off(cache, query, rows, masks, output):
-    CORRECT["attend"](cache, query, rows, masks, output)
-    cache.seen_by.update({token: near(seen) for token, seen in cache.seen_by.items()})
+def see_off(*arguments, **form):
+    weights = CORRECT["selected_attention"](*arguments, **form)
+    return {row: near(seen) for row, seen in weights.items()}
 
 
-def score_off(cache, *arguments):
-    return near(CORRECT["score"](cache, *arguments))
+def score_off(*arguments, **form):
+    return near(CORRECT["attention_scores"](*arguments, **form))
 
 
-def rank_off(cache, *arguments):
-    return CORRECT["rank"](cache, *arguments).flip(1)
+def score_rows_off(*arguments, **form):
+    scores = CORRECT["attention_scores"](*arguments, **form)
+    arguments[-1].copy_(near(arguments[-1], 0.01))
+    return scores
 
 
-CORRECT = {name: getattr(CPUCache, name) for name in ("attend", "score", "rank")}
+def rank_off(*arguments):
+    return CORRECT["rank_rows"](*arguments).flip(1)
+
+
+LOOPS = ("selected_attention", "attention_scores", "rank_rows")
+CORRECT = {name: getattr(cache, name) for name in LOOPS}
 
 
 @pytest.mark.parametrize(
     ("loop", "wrong", "said"),
     [
-        ("attend", attend_off, "attend: error"),
-        ("attend", see_off, "refresh: error"),
-        ("score", score_off, "score: error"),
-        ("rank", rank_off, "ranks differ"),
+        ("selected_attention", attend_off, "attend: error"),
+        ("selected_attention", see_off, "refresh: error"),
+        ("attention_scores", score_off, "score: error"),
+        ("attention_scores", score_rows_off, "scoring rows: error"),
+        ("rank_rows", rank_off, "ranks differ"),
     ],
 )
 def test_what_is_wrong_is_not(engine, sample, monkeypatch, loop, wrong, said):
-    monkeypatch.setattr(CPUCache, loop, wrong)
+    monkeypatch.setattr(cache, loop, wrong)
     with pytest.raises(SystemExit, match=said):
         check_loops(engine, sample, CORE)
 

@@ -263,11 +263,8 @@ class Step:
     def rows(self) -> StepRows:
         """Return the step in the order of the batch's rows; made once."""
         if self._rows is None:
-            names = self.row_ids()
-            if names == list(self.index):
-                index = np.arange(len(names))
-            else:
-                index = np.array([self.index.get(name, -1) for name in names], np.int64)
+            places = [self.index.get(name, -1) for name in self.row_ids()]
+            index = np.array(places, np.int64)
             self._rows = StepRows(self, index)
         return self._rows
 
